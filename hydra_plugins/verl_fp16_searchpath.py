@@ -1,0 +1,32 @@
+"""Puts verl_fp16's configuration groups and recipes on the search path of every Hydra program.
+
+Hydra imports this module in every program of the environment, so it imports nothing but Hydra and OmegaConf.
+"""
+
+import sys
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+
+
+def _plugin_not_loaded(role: str) -> None:
+    """Answers ``${verl_fp16:<role>}`` until the plugin registers the real answer."""
+    plugin = sys.modules.get("verl_fp16.plugin")
+    if plugin is None:
+        from verl_fp16 import plugin  # with verl not having loaded it, this says why it cannot be loaded
+
+        raise plugin.PluginNotActive("the verl_fp16 precision flag is set, but verl did not load the plugin verl_fp16")
+    plugin.require_active()
+
+
+if not OmegaConf.has_resolver("verl_fp16"):
+    OmegaConf.register_new_resolver("verl_fp16", _plugin_not_loaded)
+
+
+class VerlFp16SearchPathPlugin(SearchPathPlugin):
+    """Appends ``pkg://verl_fp16.conf`` and ``pkg://verl_fp16.recipes``: verl's own files go first."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append(provider="verl_fp16", path="pkg://verl_fp16.conf")
+        search_path.append(provider="verl_fp16", path="pkg://verl_fp16.recipes")

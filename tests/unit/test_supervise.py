@@ -1,0 +1,362 @@
+"""The supervisor ends exactly what belongs to a run, and says why a run failed."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from verl_fp16.supervise import RunResult, ray_temp_dir, run_supervised, telling_lines
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A Ray-like daemon: double fork, a session of its own, deaf to SIGINT and SIGTERM, and not in the parent's group.
+DAEMON = """
+import os, signal, sys, time
+def daemon(pid_file):
+    if os.fork():
+        os.wait()
+        return
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.setsid() if os.getpid() != os.getsid(0) else None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with open(pid_file + ".new", "w") as out:
+        out.write(str(os.getpid()))
+    os.rename(pid_file + ".new", pid_file)
+    time.sleep(300)
+    os._exit(0)
+daemon(sys.argv[1])
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+"""
+
+# The first argument becomes the title of a process that lives for the second argument's seconds.
+TITLED = """
+import setproctitle, sys, time
+setproctitle.setproctitle(sys.argv[1])
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def wait_for(condition, seconds: float = 8.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "not within the time"
+        time.sleep(0.02)
+
+
+def gone(pid_file: Path) -> bool:
+    """Whether the process is gone altogether: a zombie left for us would still have an entry."""
+    return not psutil.pid_exists(int(pid_file.read_text()))
+
+
+def supervised(tmp_path: Path, code: str, *arguments: object, **options) -> RunResult:
+    options = {"end_grace_s": 0.4, "poll_s": 0.05, "shm_dir": tmp_path / "shm"} | options
+    (tmp_path / "shm").mkdir(exist_ok=True)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return run_supervised(command, log_path=tmp_path / "run.log", **options)
+
+
+@pytest.fixture(autouse=True)
+def no_new_children():
+    """Whatever a test starts is gone at its end, reaped too."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    left = set(psutil.Process().children(recursive=True)) - before
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    assert not left
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_exit_code_and_output_are_passed_on(tmp_path, code):
+    ticks = []
+    result = supervised(
+        tmp_path,
+        f"import os, sys; print('to', os.environ['WHERE'], os.getcwd()); sys.exit({code})",
+        env={**os.environ, "WHERE": "stdout"},
+        cwd=tmp_path,
+        on_tick=lambda: ticks.append(1),
+    )
+    assert result.returncode == code
+    assert result.ok == (code == 0)
+    assert (result.cause is None) == (code == 0)
+    assert result.log_path.read_text() == f"to stdout {tmp_path}\n"
+    assert ticks and 0 < result.seconds < 10
+    if code:
+        assert "exit code 3" in result.cause
+
+
+def test_a_signal_that_ended_the_command_is_named(tmp_path):
+    result = supervised(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    assert result.returncode == -9
+    assert "SIGKILL" in result.cause
+
+
+def test_the_cause_quotes_the_log(tmp_path):
+    result = supervised(tmp_path, "raise ValueError('the reward model has no head')")
+    assert "ValueError: the reward model has no head" in result.cause
+
+
+@pytest.mark.parametrize(
+    ("end", "options", "word"),
+    [
+        ("pass", {}, None),
+        ("sys.exit(1)", {}, "exit code 1"),
+        ("time.sleep(300)", {"timeout_s": 1.0}, "longer than 1 s"),
+        ("time.sleep(300)", {"stall_timeout_s": 0.7}, "no progress"),
+    ],
+    ids=["success", "failure", "timeout", "stall"],
+)
+def test_a_deaf_daemon_in_its_own_session_is_gone(tmp_path, end, options, word):
+    pid_file = tmp_path / "pid"
+    result = supervised(tmp_path, DAEMON + end, pid_file, **options)
+    assert gone(pid_file)
+    assert result.left_alive == ()
+    assert result.cause is None if word is None else word in result.cause
+
+
+def test_a_daemon_that_hid_its_environment_is_gone(tmp_path):
+    """setproctitle overwrites the memory in which the environment is read, so the mark cannot be relied on alone."""
+    code = DAEMON.replace("time.sleep(300)", "import setproctitle; setproctitle.setproctitle('x' * 9000); time.sleep(300)")
+    supervised(tmp_path, code, tmp_path / "pid")
+    assert gone(tmp_path / "pid")
+
+
+def test_growing_heartbeat_is_no_stall(tmp_path):
+    code = "import sys, time\nfor i in range(12): open(sys.argv[1], 'a').write('x'); time.sleep(0.1)"
+    beat = tmp_path / "beat"
+    assert supervised(tmp_path, code, beat, stall_timeout_s=0.7, heartbeat_paths=[beat]).ok
+    assert not supervised(tmp_path, code, beat, stall_timeout_s=0.7).ok
+
+
+def test_processes_of_others_are_left_alone(tmp_path):
+    """Children from before the run, and those that the display starts meanwhile, outlive it."""
+    nap = [sys.executable, "-c", "import time; time.sleep(300)"]
+    before = [subprocess.Popen(nap), subprocess.Popen(nap, start_new_session=True)]
+    meanwhile: list[subprocess.Popen] = []
+
+    def on_tick() -> None:
+        if not meanwhile:
+            meanwhile.extend([subprocess.Popen(nap), subprocess.Popen(nap, start_new_session=True)])
+
+    try:
+        assert supervised(tmp_path, "import time; time.sleep(0.6)", on_tick=on_tick).ok
+        assert [process.poll() for process in before + meanwhile] == [None] * 4
+    finally:
+        for process in before + meanwhile:
+            process.kill()
+            process.wait()
+
+
+def test_an_error_of_the_display_ends_the_run(tmp_path):
+    pid_file = tmp_path / "pid"
+
+    def on_tick() -> None:
+        if pid_file.exists():
+            raise RuntimeError("no terminal")
+
+    with pytest.raises(RuntimeError, match="no terminal"):
+        supervised(tmp_path, DAEMON + "time.sleep(300)", pid_file, on_tick=on_tick)
+    assert gone(pid_file)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_supervisor_ends_the_run(tmp_path, number, code):
+    pid_file, script = tmp_path / "pid", tmp_path / "outer.py"
+    script.write_text(
+        "import sys\n"
+        "from verl_fp16.supervise import run_supervised\n"
+        "try:\n"
+        f"    run_supervised([sys.executable, '-c', {DAEMON + 'time.sleep(300)'!r}, {str(pid_file)!r}],\n"
+        f"        log_path={str(tmp_path / 'log')!r}, end_grace_s=0.4, shm_dir={str(tmp_path)!r})\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
+    )
+    outer = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        wait_for(pid_file.exists)
+        outer.send_signal(number)
+        assert outer.wait(15) == code
+        assert gone(pid_file)
+    finally:
+        outer.kill()
+        outer.wait()
+
+
+# Starts a critical process, tells its pid, and waits for ever whatever happens to it.
+HANGING = f"""
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", {TITLED!r}, "ray::WorkerDict.update_actor", "300"])
+open(sys.argv[1], "w").write(str(worker.pid))
+print("RuntimeError: CUDA error: an illegal memory access", flush=True)
+time.sleep(300)
+"""
+
+
+def test_death_of_a_worker_ends_a_hanging_run(tmp_path):
+    pid_file = tmp_path / "pid"
+    killed_at: list[float] = []
+
+    def on_tick() -> None:
+        if pid_file.exists() and pid_file.read_text() and not killed_at:
+            process = psutil.Process(int(pid_file.read_text()))
+            if process.cmdline()[0].startswith("ray::"):
+                ticks.append(1)
+                # The supervisor must have had a look at it under its title.
+                if len(ticks) > 3:
+                    process.kill()
+                    killed_at.append(time.monotonic())
+
+    ticks: list[int] = []
+    result = supervised(tmp_path, HANGING, pid_file, on_tick=on_tick, worker_grace_s=0.5)
+    first, *quoted = result.cause.splitlines()
+    assert f"ray::WorkerDict (pid {pid_file.read_text()}) was killed by SIGKILL" in first
+    assert "did not end within 0.5 s" in first
+    assert "CUDA error" in quoted[0]
+    assert 0.5 < time.monotonic() - killed_at[0] < 5
+
+
+def test_workers_that_go_first_are_a_normal_end(tmp_path):
+    code = f"""
+import subprocess, sys, time
+workers = [subprocess.Popen([sys.executable, "-c", {TITLED!r}, title, "1"]) for title in ("ray::WorkerDict", "raylet")]
+[worker.wait() for worker in workers]
+time.sleep(0.8)
+"""
+    assert supervised(tmp_path, code, worker_grace_s=5).ok
+    # The same end is a failure once the grace period is shorter, so the workers were indeed seen to go.
+    assert "ray::WorkerDict" in supervised(tmp_path, code, worker_grace_s=0.3).cause
+
+
+def test_forks_and_mentions_of_a_worker_are_not_critical(tmp_path):
+    """A data-loading fork carries the worker's title; Ray's idle workers name the raylet in their arguments."""
+    code = """
+import os, setproctitle, subprocess, sys, time
+idle = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)", "--raylet-name=raylet"])
+if os.fork() == 0:
+    setproctitle.setproctitle("ray::TaskRunner.run")
+    if os.fork() == 0:
+        time.sleep(0.5)
+        os._exit(0)
+    os.wait()
+    time.sleep(1.5)
+    os._exit(0)
+idle.wait()
+os.wait()
+"""
+    assert supervised(tmp_path, code, worker_grace_s=0.3).ok
+
+
+def test_only_our_unused_shared_memory_is_removed(tmp_path):
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    (shm / "psm_before").write_bytes(b"x" * 4096)
+    code = """
+import sys
+for name in ("psm_left", "psm_mapped", "psm_open", "other_left"):
+    open(sys.argv[1] + "/" + name, "wb").write(b"x" * 4096)
+import time; time.sleep(0.6)
+"""
+    held: list[object] = []
+
+    def on_tick() -> None:
+        if not held and (shm / "other_left").exists():
+            with open(shm / "psm_mapped", "r+b") as file:
+                held.append(mmap.mmap(file.fileno(), 0))
+            held.append(open(shm / "psm_open", "rb"))
+
+    result = supervised(tmp_path, code, shm, on_tick=on_tick)
+    assert result.removed_shm == ("psm_left",)
+    assert sorted(path.name for path in shm.iterdir()) == ["other_left", "psm_before", "psm_mapped", "psm_open"]
+    for handle in held:
+        handle.close()
+
+
+def test_shared_memory_mapped_by_a_foreign_process_is_kept(tmp_path):
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    code = "import mmap, sys, time; m = mmap.mmap(open(sys.argv[1], 'r+b').fileno(), 0); print(flush=True); time.sleep(60)"
+    other: list[subprocess.Popen] = []
+
+    def on_tick() -> None:
+        if not other and (shm / "psm_new").exists():
+            other.append(subprocess.Popen([sys.executable, "-c", code, shm / "psm_new"], stdout=subprocess.PIPE))
+            other[0].stdout.readline()
+
+    make = "import os, sys, time; os.truncate(open(sys.argv[1] + '/psm_new', 'wb').fileno(), 4096); time.sleep(0.5)"
+    try:
+        assert supervised(tmp_path, make, shm, on_tick=on_tick).removed_shm == ()
+        assert (shm / "psm_new").exists()
+    finally:
+        other[0].kill()
+        other[0].communicate()
+
+
+def test_ray_temp_dir_is_short_and_temporary(monkeypatch, tmp_path):
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with ray_temp_dir() as path:
+        (path / "session_x").mkdir()
+        assert len(f"{path}/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store_1") < 107
+    assert not path.exists()
+    assert list(long.iterdir()) == []
+
+
+RAY_LOG = """\
+Training Progress:  10%|#         | 1/10 [00:05<00:45]\rTraining Progress:  20%|##        | 2/10 [00:10<00:40]
+\x1b[36m(WorkerDict pid=4242)\x1b[0m INFO 11-21 03:49:09 [gpu.py:10] gpu_memory_utilization leaves room: no Out of memory
+\x1b[36m(WorkerDict pid=4242, ip=192.0.2.2)\x1b[0m Traceback (most recent call last):
+\x1b[36m(WorkerDict pid=4242, ip=192.0.2.2)\x1b[0m   File "/x/actor.py", line 3, in update
+\x1b[36m(WorkerDict pid=4242, ip=192.0.2.2)\x1b[0m torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB
+\x1b[36m(WorkerDict pid=4243)\x1b[0m torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.00 GiB [repeated 3x across cluster]
+\x1b[36m(vLLMHttpServer pid=5151)\x1b[0m ERROR 11-21 03:49:09 [core.py:702] RuntimeError: engine core is gone
+\x1b[33m(raylet)\x1b[0m A worker died or was killed. Lease ID: 00000000a3914051403796855639b563 Worker PID: 4242
+Error executing job with overrides: ['trainer.n_gpus_per_node=8']
+Traceback (most recent call last):
+  File "/x/main_ppo.py", line 12, in <module>
+    ray.get(runner.run.remote(config))
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+\tclass_name: WorkerDict
+\tpid: 4242
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR
+"""
+
+
+def test_telling_lines_of_a_ray_traceback(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(RAY_LOG)
+    assert telling_lines(log) == [
+        "WorkerDict: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "vLLMHttpServer: RuntimeError: engine core is gone",
+        "raylet: A worker died or was killed. Worker PID: 4242",
+        "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.",
+        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR",
+    ]
+    two = telling_lines(log, 2)
+    assert two[0].startswith("WorkerDict: torch.OutOfMemoryError") and two[1].startswith("The actor is dead")
+
+
+def test_telling_lines_stay_small(tmp_path):
+    log = tmp_path / "log"
+    assert telling_lines(log) == []
+    log.write_bytes(b"\xff" * 3_000_000 + b"\n" + b"ValueError: " + b"y" * 2_000 + b"\nthe end\n")
+    lines = telling_lines(log)
+    assert len(lines) == 1 and lines[0].startswith("ValueError: yyy") and len(lines[0]) == 300
+    log.write_text("\n".join(f"line {i}" for i in range(100)))
+    assert telling_lines(log, 2) == ["line 98", "line 99"]

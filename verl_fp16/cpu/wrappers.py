@@ -1,0 +1,57 @@
+"""The wrappers of :mod:`verl_fp16.cpu.hooks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+def gloo_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    def initialize_global_process_group_ray(timeout_second: int | None = None, backend: str | None = None) -> None:
+        return original(timeout_second=timeout_second, backend=backend or "cpu:gloo")
+
+    return initialize_global_process_group_ray
+
+
+def register_fsdp_engines(module: ModuleType) -> Callable[[], None]:
+    from verl.workers.engine.base import EngineRegistry
+
+    engines = {"language_model": module.FSDPEngineWithLMHead, "value_model": module.FSDPEngineWithValueHead}
+    for model_type, engine in engines.items():
+        EngineRegistry.register(model_type=model_type, backend=["fsdp", "fsdp2"], device="cpu")(engine)
+
+    def undo() -> None:
+        for model_type in engines:
+            for backend in ("fsdp", "fsdp2"):
+                del EngineRegistry._engines[model_type][backend]["cpu"]
+
+    return undo
+
+
+def leave_model_in_place(original: Callable[..., None]) -> Callable[..., None]:
+    def stay(model: Any, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    return stay
+
+
+def accept_cpu_states(original: Callable[[list], None]) -> Callable[[list], None]:
+    def check(module_states: list) -> None:
+        return None
+
+    return check
+
+
+def do_not_pin_memory(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, pin_memory: bool = True) -> None:
+        original(self, pin_memory=False)
+
+    return __init__
+
+
+def keep_unpacked_weight(original: Callable[..., None]) -> Callable[..., None]:
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        return original(layer, remove_weight=False)
+
+    return dispatch_cpu_unquantized_gemm

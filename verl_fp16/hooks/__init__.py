@@ -1,0 +1,45 @@
+"""Every place of verl that this package touches: :data:`HOOKS`, the only registry.
+
+One module for each concern: :mod:`~verl_fp16.hooks.driver` (the process that reads the configuration) and
+:mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics).
+"""
+
+from verl_fp16.patching import Hook, Patcher, Target
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        name="driver.check",
+        target=Target("verl.utils.device:auto_set_device", ("config",)),
+        wrapper="verl_fp16.hooks.driver:check_before_start",
+        why="verl accepts settings of ours that are wrong, and starts where our plugin is not in place",
+        how="checks the node verl_fp16 and the plugin before Ray starts",
+        until="never: it is ours",
+    ),
+    Hook(
+        name="engine.loss_scaler",
+        target=Target("verl.workers.engine.fsdp.transformer_impl:FSDPEngine._build_fsdp_module", ("module",)),
+        wrapper="verl_fp16.hooks.engine:use_loss_scaler",
+        why="verl's ShardedGradScaler has fixed settings and disables itself on devices other than cuda",
+        how="puts a LossScaler with the role's settings into engine.scaler; none in the reference policy",
+        upstream="verl#6150",
+        until="verl's scaler is configurable and observable",
+    ),
+    Hook(
+        name="engine.optimizer_step",
+        target=Target("verl.workers.engine.fsdp.transformer_impl:FSDPEngine.optimizer_step"),
+        wrapper="verl_fp16.hooks.engine:leave_out_norm_of_skipped_step",
+        why="the inf or nan norm of a skipped step turns the training step's mean actor/grad_norm into inf or nan",
+        how="returns None, which verl leaves out of the mean, where the loss scaler skipped the step",
+        until="verl leaves skipped steps out of grad_norm",
+    ),
+    Hook(
+        name="engine.loss_scale_metrics",
+        target=Target("verl.workers.engine.base:BaseEngine.train_batch", ("data", "loss_function")),
+        wrapper="verl_fp16.hooks.engine:report_loss_scale",
+        why="skipped updates and the scale are invisible",
+        how="adds loss_scale and skipped_steps to the metrics of a training step's last mini-batch",
+        until="verl logs them",
+    ),
+)
+
+patcher = Patcher(HOOKS)

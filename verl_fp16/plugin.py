@@ -1,0 +1,83 @@
+"""What verl loads: the entry point ``verl.plugins`` (verl >= 0.9), or ``VERL_USE_EXTERNAL_MODULES=verl_fp16.plugin``.
+
+verl imports this module inside ``import verl`` in every process of a run: driver, task runner, FSDP workers, vLLM's
+server, engine core and workers. Importing it puts the hooks in place. Hooks act only where the configuration asks for
+it, and nothing heavy is imported for them before that.
+
+verl swallows an error that is raised here. So it is kept, and raised where the flag is given: in the driver by
+:mod:`verl_fp16.hooks.driver` or, if even that is not in place, when the configuration is resolved; in every worker by
+:mod:`verl_fp16.required`, which the flag's configuration makes verl import.
+"""
+
+from __future__ import annotations
+
+import os
+
+DISABLE_VAR = "VERL_FP16_DISABLE"
+
+_error: Exception | None = None
+_installed = False
+
+
+class PluginNotActive(RuntimeError):
+    """The precision flag is given in a process where the hooks are not in place."""
+
+
+def disabled() -> bool:
+    """Whether ``VERL_FP16_DISABLE=1`` is set: then nothing is applied and the flag is an error."""
+    return os.environ.get(DISABLE_VAR, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def install() -> None:
+    """Put the hooks into this process. Idempotent; raises nothing: see :func:`require_active`."""
+    global _installed, _error
+    if _installed or disabled():
+        return
+    try:
+        from verl_fp16.hooks import patcher
+
+        patcher.apply()
+        from verl_fp16.hooks.driver import register_resolver
+
+        register_resolver()
+    except Exception as error:  # noqa: BLE001  whatever it is, it belongs where the flag is given, not into a DEBUG log
+        _error = error
+    else:
+        _installed, _error = True, None
+
+
+def require_active() -> None:
+    """Raise unless every hook is, or will be, in place in this process.
+
+    Raises:
+        PluginNotActive: verl did not load the plugin, it is switched off, or a hook failed; the message says which and
+            what to do.
+    """
+    if disabled():
+        raise PluginNotActive(
+            f"the verl_fp16 precision flag is set, but {DISABLE_VAR}={os.environ[DISABLE_VAR]} switches verl_fp16 off. "
+            f"Unset {DISABLE_VAR}, or drop the flag."
+        )
+    if _error is not None:
+        raise PluginNotActive(
+            f"the verl_fp16 precision flag is set, but the plugin could not be put in place in process {os.getpid()}: "
+            f"{type(_error).__name__}: {_error}"
+        ) from _error
+    if not _installed:
+        raise PluginNotActive(
+            "the verl_fp16 precision flag is set, but verl did not load the plugin in this process. Check "
+            f"VERL_USE_EXTERNAL_PLUGINS={os.environ.get('VERL_USE_EXTERNAL_PLUGINS', '(unset)')}: it must be unset, "
+            "'auto', or name verl_fp16. On a verl below 0.9 set VERL_USE_EXTERNAL_MODULES=verl_fp16.plugin."
+        )
+    from verl_fp16.hooks import patcher
+    from verl_fp16.patching import PatchError
+
+    try:
+        patcher.require()
+    except PatchError as error:
+        raise PluginNotActive(
+            f"the verl_fp16 precision flag is set, but a hook does not fit this verl: {error}"
+        ) from error
+
+
+install()
