@@ -104,6 +104,8 @@ def _owner_and_raw(module: ModuleType, target: Target, hook: str) -> tuple[Any, 
 
 
 def _check_parameters(function: Callable[..., Any], target: Target, hook: str) -> None:
+    if not target.parameters:
+        return  # methods written in C have no signature to read
     have = inspect.signature(function).parameters
     missing = [name for name in target.parameters if name not in have]
     if missing:

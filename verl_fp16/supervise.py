@@ -160,10 +160,11 @@ def run_supervised(
         finally:
             seconds = time.monotonic() - started
             if process.returncode is not None and cause is None and process.returncode != 0:
-                tree.scan()
                 cause = f"the command {_exit_text(process.returncode)}"
                 if tree.lost_for() is not None:
                     cause += f"; before, {tree.lost_text()}"
+            # Ending the run makes it log errors of its own, which are not the reason.
+            quoted = telling_lines(log) if cause is not None else []
             left = tree.end(process, end_grace_s, hurry=lambda: len(noted) > 1)
             removed = _remove_shm(Path(shm_dir), shm_before)
         if on_tick is not None and not noted:
@@ -173,7 +174,7 @@ def run_supervised(
             raise KeyboardInterrupt
         raise SystemExit(128 + noted[0])
     if cause is not None:
-        cause = "\n".join([cause, *(f"  {line}" for line in telling_lines(log))])
+        cause = "\n".join([cause, *(f"  {line}" for line in quoted)])
     return RunResult(process.returncode, seconds, cause, log, tuple(removed), tuple(_label(p) for p in left))
 
 

@@ -46,6 +46,24 @@ CPU_HOOKS: tuple[Hook, ...] = (
         until="torch checks the backend instead of the device",
     ),
     Hook(
+        name="cpu.value_model",
+        target=Target(
+            "verl.utils.model:load_valuehead_model", ("local_path", "torch_dtype", "model_config", "trust_remote_code")
+        ),
+        wrapper=_WRAPPERS + "load_value_model",
+        why="verl loads the critic with flash_attention_2, whatever attn_implementation says",
+        how="loads the same class with the attention of the model's configuration",
+        until="verl honours attn_implementation for the critic",
+    ),
+    Hook(
+        name="cpu.pin_tensor",
+        target=Target("torch:Tensor.pin_memory"),
+        wrapper=_WRAPPERS + "leave_unpinned",
+        why="FSDP1 pins what it offloads for the reference policy, which needs an accelerator",
+        how="returns the tensor itself",
+        until="torch ignores pin_memory without an accelerator",
+    ),
+    Hook(
         name="cpu.pin_memory",
         target=Target("torch.distributed.fsdp:CPUOffloadPolicy.__init__", ("pin_memory",)),
         wrapper=_WRAPPERS + "do_not_pin_memory",

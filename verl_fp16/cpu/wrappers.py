@@ -43,6 +43,28 @@ def accept_cpu_states(original: Callable[[list], None]) -> Callable[[list], None
     return check
 
 
+def load_value_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_valuehead_model(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
+        from transformers import AutoModelForTokenClassification
+
+        return AutoModelForTokenClassification.from_pretrained(
+            local_path,
+            torch_dtype=torch_dtype,
+            config=model_config,
+            attn_implementation=model_config._attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+
+    return load_valuehead_model
+
+
+def leave_unpinned(original: Callable[..., Any]) -> Callable[..., Any]:
+    def pin_memory(self: Any, device: Any = None) -> Any:
+        return self
+
+    return pin_memory
+
+
 def do_not_pin_memory(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, pin_memory: bool = True) -> None:
         original(self, pin_memory=False)

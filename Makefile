@@ -1,0 +1,29 @@
+# Every target uses .venv, which `make setup` makes.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.setup-done
+
+.PHONY: setup quickstart test test-fast lint clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml scripts/setup_env.py scripts/cpu-overrides.txt
+	$(PYTHON) scripts/setup_env.py
+	@touch $@
+
+# PRECISION=bf16 runs the twin; OVERRIDES="key=value ..." passes Hydra overrides on; SEED=2 another seed.
+quickstart: $(STAMP)
+	$(PY) -m verl_fp16.quickstart $(if $(PRECISION),--precision $(PRECISION)) $(if $(SEED),--seed $(SEED)) -- $(OVERRIDES)
+
+test: $(STAMP) lint
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-fast: $(STAMP) lint
+	$(PY) -m pytest -m "unit or contract" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf outputs .pytest_cache .ruff_cache

@@ -1,0 +1,48 @@
+"""Fixtures shared by all tiers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of 0.1 M parameters with a byte-level tokenizer, random weights, seed 0."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from verl_fp16.quickstart.tokenizer import VOCABULARY_SIZE, build_tokenizer
+
+    path = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = build_tokenizer(path)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=False,
+        max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's tier is the folder it is in."""
+    tests = Path(__file__).parent
+    for item in items:
+        tier = Path(item.path).relative_to(tests).parts[0]
+        item.add_marker(getattr(pytest.mark, tier))
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,250 @@
+"""verl's real FSDP engine on gloo: precision, loss scaler, skip; with the flag, without it, and stock verl beside it."""
+
+from __future__ import annotations
+
+import pytest
+
+STRATEGIES = ("fsdp", "fsdp2")
+SEQUENCES = [list(range(start, start + 6 + start % 5)) for start in range(8)]
+
+
+def _parameters(engine) -> dict:
+    from torch.distributed.tensor import DTensor
+
+    state = engine.module.state_dict()
+    return {
+        name: (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
+        if hasattr(value, "detach")
+        else value.local_tensor().clone()
+        for name, value in state.items()
+    }
+
+
+def _local_shards(engine) -> list:
+    """This rank's master weights, as the optimizer holds them."""
+    shards = []
+    for group in engine.optimizer.param_groups:
+        for parameter in group["params"]:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            shards.append(local.detach().clone())
+    return shards
+
+
+def _optimizer_state(engine) -> list:
+    return [
+        (key, (value.to_local() if hasattr(value, "to_local") else value).clone())
+        for state in engine.optimizer.state.values()
+        for key, value in sorted(state.items())
+    ]
+
+
+def train_a_little(model: str, strategy: str, dtype: str, flag: bool, steps: int) -> dict:
+    import torch
+    import torch.distributed as dist
+
+    from verl_fp16 import standalone
+
+    precision = standalone.mixed_precision(dtype)
+    if not flag:
+        del precision["verl_fp16"]
+    torch.manual_seed(0)
+    engine = standalone.build_engine(model, precision=precision, strategy=strategy)
+    mine = SEQUENCES[dist.get_rank() :: dist.get_world_size()]
+    metrics = [
+        standalone.train_step(engine, standalone.make_batch(mine, micro_batch_size=len(mine) // 2))
+        for _ in range(steps)
+    ]
+    losses = [sum(m["loss"]) if isinstance(m.get("loss"), list) else m.get("loss") for m in metrics]
+    return {
+        "autocast": engine._autocast_dtype,
+        "master": {shard.dtype for shard in _local_shards(engine)},
+        "mixed_precision": _fsdp_dtypes(engine),
+        "scaler": type(engine.scaler).__name__,
+        "metrics": metrics,
+        "losses": losses,
+        "shards": _local_shards(engine),
+        "log_probs": standalone.teacher_forced_log_probs(engine, mine, len(mine)),
+    }
+
+
+def _fsdp_dtypes(engine) -> tuple:
+    """(parameter, reduce) dtype in force, read from the wrapped module."""
+    module = engine.module
+    if hasattr(module, "mixed_precision"):
+        return module.mixed_precision.param_dtype, module.mixed_precision.reduce_dtype
+    policy = module._get_fsdp_state()._mp_policy
+    return policy.param_dtype, policy.reduce_dtype
+
+
+@pytest.mark.parametrize("world_size", (1, 2))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fp16_engine_runs_what_the_flag_declares(tiny_model, tmp_path, strategy, world_size):
+    import torch
+    from ranks import on_ranks
+
+    ranks = on_ranks(world_size, train_a_little, str(tiny_model), strategy, "float16", True, 4, folder=tmp_path)
+    for seen in ranks:
+        assert seen["autocast"] is torch.float16
+        assert seen["master"] == {torch.float32}
+        assert seen["mixed_precision"] == (torch.float16, torch.float32)
+        assert seen["scaler"] == "LossScaler"
+        norms = [m["grad_norm"] for m in seen["metrics"]]
+        assert all(norm > 0 for norm in norms), norms
+        assert norms[-1] < norms[0], "four steps at lr 1e-3 bring the gradient down"
+        assert [m["loss_scale"] for m in seen["metrics"]] == [[65536.0]] * 4
+        assert [m["skipped_steps"] for m in seen["metrics"]] == [[0.0]] * 4
+        assert all(torch.isfinite(row).all() for row in seen["log_probs"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_clipped_norm_is_that_of_the_true_gradient(tiny_model, tmp_path, strategy):
+    """The norm that is clipped is unscaled: FP16 at scale 65536 sees the norm that FP32 sees, within FP16's rounding."""
+    from ranks import on_ranks
+
+    folders = [tmp_path / name for name in ("half", "full")]
+    for folder in folders:
+        folder.mkdir()
+    half, full = (
+        on_ranks(1, train_a_little, str(tiny_model), strategy, dtype, True, 1, folder=folder)[0]
+        for dtype, folder in zip(("float16", "float32"), folders, strict=True)
+    )
+    assert half["metrics"][0]["grad_norm"] == pytest.approx(full["metrics"][0]["grad_norm"], rel=5e-3)
+    assert full["scaler"] == "NoneType"
+
+
+def skip_on_fault(model: str, strategy: str) -> dict:
+    """One clean step, one with an inf in rank 0's gradient alone, one clean step."""
+    import torch
+    import torch.distributed as dist
+
+    from verl_fp16 import standalone
+
+    engine = standalone.build_engine(model, precision=standalone.mixed_precision("float16"), strategy=strategy)
+    mine = SEQUENCES[dist.get_rank() :: dist.get_world_size()]
+    batch = standalone.make_batch(mine)
+    standalone.train_step(engine, batch)
+    before = (_local_shards(engine), _optimizer_state(engine), engine.scaler.scale_value)
+    true_step = engine.scaler.unscale_
+
+    def poisoned(optimizer):
+        if dist.get_rank() == 0:
+            gradient = next(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+            local.view(-1)[0] = torch.inf
+        true_step(optimizer)
+
+    engine.scaler.unscale_ = poisoned
+    skipped = standalone.train_step(engine, standalone.make_batch(mine))
+    engine.scaler.unscale_ = true_step
+    after = (_local_shards(engine), _optimizer_state(engine), engine.scaler.scale_value)
+    applied = standalone.train_step(engine, standalone.make_batch(mine))
+    return {"before": before, "after": after, "skipped": skipped, "applied": applied, "end": _local_shards(engine)}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fault_on_one_rank_skips_on_all_and_changes_nothing(tiny_model, tmp_path, strategy):
+    import torch
+    from ranks import on_ranks
+
+    for seen in on_ranks(2, skip_on_fault, str(tiny_model), strategy, folder=tmp_path):
+        (shards, state, scale), (shards_after, state_after, scale_after) = seen["before"], seen["after"]
+        assert all(torch.equal(a, b) for a, b in zip(shards, shards_after, strict=True))
+        assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(state, state_after, strict=True))
+        assert scale_after == scale / 2
+        assert seen["skipped"]["grad_norm"] is None, "a skipped step's norm stays out of the mean"
+        assert seen["skipped"]["skipped_steps"] == [1.0]
+        assert seen["skipped"]["loss_scale"] == [scale / 2]
+        assert seen["applied"]["skipped_steps"] == [0.0], "skips are counted for each training step"
+        assert not all(torch.equal(a, b) for a, b in zip(shards_after, seen["end"], strict=True))
+        assert all(torch.isfinite(shard).all() for shard in seen["end"])
+
+
+def stock_on_fault(model: str) -> bool:
+    """Stock verl on the CPU room alone: does an inf gradient reach the weights?"""
+    import torch
+    import torch.distributed as dist
+
+    from verl_fp16 import standalone
+
+    precision = standalone.mixed_precision("float16")
+    del precision["verl_fp16"]
+    engine = standalone.build_engine(model, precision=precision)
+    mine = SEQUENCES[dist.get_rank() :: dist.get_world_size()]
+    original = engine.optimizer_step
+
+    def poisoned():
+        gradient = next(p.grad for p in engine.module.parameters() if p.grad is not None)
+        gradient.to_local().view(-1)[0] = torch.inf
+        return original()
+
+    engine.optimizer_step = poisoned
+    standalone.train_step(engine, standalone.make_batch(mine))
+    return all(torch.isfinite(shard).all() for shard in _local_shards(engine))
+
+
+def test_stock_verl_lets_the_fault_into_the_weights(tiny_model, tmp_path):
+    """The control: without our scaler the same fault destroys the model on this device."""
+    from ranks import on_ranks
+
+    finite = on_ranks(1, stock_on_fault, str(tiny_model), folder=tmp_path, env={"VERL_FP16_DISABLE": "1"})
+    assert finite == [False]
+
+
+def test_without_the_flag_weights_are_bit_identical_to_stock_verl(tiny_model, tmp_path):
+    import torch
+    from ranks import on_ranks
+
+    runs = []
+    for name, env in (("hooks", {}), ("stock", {"VERL_FP16_DISABLE": "1"})):
+        folder = tmp_path / name
+        folder.mkdir()
+        runs.append(on_ranks(1, train_a_little, str(tiny_model), "fsdp2", "bfloat16", False, 3, folder=folder, env=env))
+    (with_hooks,), (stock,) = runs
+    assert all(torch.equal(a, b) for a, b in zip(with_hooks["shards"], stock["shards"], strict=True))
+    assert with_hooks["metrics"] == stock["metrics"]
+
+
+def critic_and_reference(model: str, strategy: str) -> dict:
+    import torch
+
+    from verl_fp16 import standalone
+
+    def value_loss(model_output, data, dp_group=None):
+        values = model_output["values"].values().float()
+        return ((values - 1.0) ** 2).mean(), {}
+
+    critic = standalone.build_engine(
+        model,
+        precision=standalone.mixed_precision("float16", role="critic", loss_scale={"init": 1024.0}),
+        strategy=strategy,
+        model_type="value_model",
+    )
+    metrics = standalone.train_step(critic, standalone.make_batch(SEQUENCES), loss=value_loss)
+    reference = standalone.build_engine(
+        model,
+        precision=standalone.mixed_precision("float16", role="ref"),
+        strategy=strategy,
+        forward_only=True,
+    )
+    rows = standalone.teacher_forced_log_probs(reference, SEQUENCES, 8)
+    return {
+        "critic": metrics,
+        "critic_scaler": type(critic.scaler).__name__,
+        "ref_scaler": reference.scaler,
+        "ref_autocast": reference._autocast_dtype,
+        "finite": all(bool(torch.isfinite(row).all()) for row in rows),
+    }
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_critic_has_its_own_scaler_and_the_reference_none(tiny_model, tmp_path, strategy):
+    import torch
+    from ranks import on_ranks
+
+    (seen,) = on_ranks(1, critic_and_reference, str(tiny_model), strategy, folder=tmp_path)
+    assert seen["critic_scaler"] == "LossScaler"
+    assert seen["critic"]["loss_scale"] == [1024.0]
+    assert seen["critic"]["grad_norm"] > 0
+    assert seen["ref_scaler"] is None
+    assert seen["ref_autocast"] is torch.float16
+    assert seen["finite"]

@@ -1,0 +1,103 @@
+"""The CPU room: CPU autocast with CUDA's numerics, the distribution name, the choice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from verl_fp16.cpu import autocast, choice
+
+
+@pytest.fixture
+def float32_softmax():
+    autocast.keep_softmax_in_float32()
+    yield
+    autocast.undo()
+
+
+@pytest.mark.parametrize("half", (torch.float16, torch.bfloat16))
+def test_before_applied_undone(half):
+    logits = torch.randn(4, 9, dtype=half)
+
+    def dtypes() -> list[torch.dtype]:
+        with torch.autocast("cpu", dtype=half):
+            outputs = (
+                torch.log_softmax(logits, -1),
+                torch.softmax(logits, -1),
+                torch.nn.functional.log_softmax(logits, dim=-1),
+                torch.logsumexp(logits, -1),
+                logits.softmax(-1),
+            )
+        return [output.dtype for output in outputs]
+
+    before = dtypes()
+    assert half in before
+    autocast.keep_softmax_in_float32()
+    assert dtypes() == [torch.float32] * 5
+    autocast.undo()
+    assert dtypes() == before
+
+
+def test_values_and_gradient_are_those_of_float32(float32_softmax):
+    logits = torch.randn(5, 11, dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        log_probs = torch.log_softmax(logits, -1)
+    assert torch.equal(log_probs, torch.log_softmax(logits.float(), -1))
+    log_probs[:, 3].sum().backward()
+    reference = logits.detach().clone().requires_grad_()
+    torch.log_softmax(reference.float(), -1)[:, 3].sum().backward()
+    assert torch.equal(logits.grad, reference.grad)
+
+
+def test_nothing_changes_outside_autocast_nor_for_float32(float32_softmax):
+    half = torch.randn(3, 5, dtype=torch.float16)
+    assert torch.softmax(half, -1).dtype is torch.float16
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.softmax(half.double(), -1).dtype is torch.float64
+        assert torch.softmax(half, -1, dtype=torch.float64).dtype is torch.float64
+
+
+def test_entropy_and_log_probs_of_verl_are_float32_under_autocast(float32_softmax):
+    import verl.utils.torch_functional as verl_F
+
+    logits, labels = torch.randn(6, 17, dtype=torch.bfloat16), torch.arange(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert verl_F.entropy_from_logits(logits).dtype is torch.float32
+        assert verl_F.logprobs_from_logits(logits, labels).dtype is torch.float32
+
+
+def test_the_choice_reaches_the_run_environment_and_spares_what_the_user_set(monkeypatch):
+    for name in ("VERL_PLATFORM", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    config = OmegaConf.create(
+        {"trainer": {"device": "cpu"}, "ray_kwargs": {"ray_init": {"runtime_env": {"env_vars": {"VERL_PLATFORM": "x"}}}}}
+    )
+    OmegaConf.set_struct(config, True)
+    assert choice.chosen_by_config(config)
+    choice.hand_on_to_workers(config)
+    env = config.ray_kwargs.ray_init.runtime_env.env_vars
+    assert env == {"VERL_PLATFORM": "x", "VLLM_CPU_KVCACHE_SPACE": "7", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    assert choice.chosen_by_environment()
+
+
+def test_another_device_is_not_the_choice():
+    assert not choice.chosen_by_config(OmegaConf.create({"trainer": {"device": "cuda"}}))
+
+
+def test_vllm_cpu_is_found_as_vllm_in_a_process_that_chose_the_cpu():
+    code = (
+        "import importlib.metadata as m\n"
+        "try: m.version('vllm'); print('real')\n"
+        "except m.PackageNotFoundError: print('missing')\n"
+        "from verl_fp16.cpu.distribution import find_vllm_cpu_as_vllm as f; f(); f()\n"
+        "print(m.version('vllm') == m.version('vllm-cpu') + '+cpu', m.distribution('vllm').metadata['Name'])\n"
+        "print([d.metadata['Name'] for d in m.distributions()].count('vllm'))\n"
+        "print(len(m.distribution('vllm').entry_points) == len(m.distribution('vllm-cpu').entry_points))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert out[:4] == ["missing", "True vllm", "0", "True"]

@@ -1,0 +1,154 @@
+"""The patching core: every order of import, apply and undo, in fresh processes; failures by name."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from verl_fp16.patching import Hook, Patcher, PatchError, Target
+
+LIBRARY = """
+def free(value):
+    return value + 1
+
+class Base:
+    def inherited(self, value):
+        return value + 1
+
+class Thing(Base):
+    def method(self, value):
+        return value + 1
+
+    @staticmethod
+    def static(value):
+        return value + 1
+
+    @classmethod
+    def of_class(cls, value):
+        return value + 1
+"""
+WRAPPERS = """
+def times_ten(original):
+    def wrapper(*args):
+        return original(*args) * 10
+    return wrapper
+
+def refuse(original):
+    raise ValueError("this wrapper refuses")
+
+def on_module(module):
+    module.seen = True
+    return lambda: delattr(module, "seen")
+"""
+PROGRAM = """
+import sys
+from verl_fp16.patching import Hook, Patcher, Target
+
+paths = ("free", "Thing.method", "Thing.static", "Thing.of_class", "Thing.inherited")
+hooks = tuple(Hook(p, Target("library:" + p, ("value",)), "wrappers:times_ten", "why", "how") for p in paths)
+patcher = Patcher((*hooks, Hook("module", Target("library"), "wrappers:on_module", "why", "how")))
+
+def results():
+    from library import Thing, free
+    return [free(1), Thing().method(1), Thing.static(1), Thing.of_class(1), Thing().inherited(1)]
+
+def originals():
+    import library
+    return [library.free, *(vars(library.Thing).get(n) for n in ("method", "static", "of_class", "inherited"))]
+
+expected = before = None
+for action in sys.argv[1].split(","):
+    if action == "import":
+        import library
+        if before is None and patched is False:
+            before = originals()
+    elif action == "apply":
+        patcher.apply(); patched = True
+    elif action == "undo":
+        patcher.undo(); patched = False
+    elif action == "start":
+        patched = False
+    if "library" in sys.modules:
+        assert results() == [20 if patched else 2] * 5, (action, results())
+        assert hasattr(sys.modules["library"], "seen") is patched
+if not patched and before is not None:
+    assert originals() == before, "undo restores the very objects"
+import library
+assert library.Base().inherited(1) == 2, "a wrap on a subclass leaves the base class alone"
+assert library.__spec__.loader.__class__.__name__ == "SourceFileLoader"
+print("ok")
+"""
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    (tmp_path / "library.py").write_text(LIBRARY)
+    (tmp_path / "wrappers.py").write_text(WRAPPERS)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return tmp_path
+
+
+def test_every_order_of_import_apply_and_undo(library):
+    """All sequences of length four over the three actions: 81 fresh processes' worth of orders, eight at a time."""
+    orders = [",".join(("start", *order)) for order in itertools.product(("import", "apply", "undo"), repeat=4)]
+    for chunk in range(0, len(orders), 8):
+        running = [
+            subprocess.Popen(
+                [sys.executable, "program.py", order], cwd=library, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            for order in orders[chunk : chunk + 8]
+        ]
+        for order, process in zip(orders[chunk : chunk + 8], running, strict=True):
+            out, err = process.communicate(timeout=60)
+            assert out.decode().strip() == "ok", f"{order}: {err.decode()}"
+
+
+def _patcher(library: Path, monkeypatch, target: str, wrapper: str = "wrappers:times_ten", parameters=()) -> Patcher:
+    monkeypatch.syspath_prepend(str(library))
+    for name in ("library", "wrappers"):
+        sys.modules.pop(name, None)
+    return Patcher((Hook("the.hook", Target(target, parameters), wrapper, "why", "how"),))
+
+
+@pytest.mark.parametrize(
+    ("target", "wrapper", "parameters", "message"),
+    (
+        ("library:gone", "wrappers:times_ten", (), "hook 'the.hook': library:gone does not exist"),
+        ("library:Thing.gone", "wrappers:times_ten", (), "library:Thing.gone does not exist"),
+        ("library:free", "wrappers:times_ten", ("other",), "lacks the parameters ['other']"),
+        ("library:free", "wrappers:refuse", (), "this wrapper refuses"),
+        ("library:free", "wrappers:missing", (), "has no attribute 'missing'"),
+    ),
+)
+def test_a_hook_that_does_not_fit_is_raised_where_it_is_required(
+    library, monkeypatch, target, wrapper, parameters, message
+):
+    patcher = _patcher(library, monkeypatch, target, wrapper, parameters)
+    patcher.apply()
+    import library as module
+
+    assert module.free(1) == 2, "importing the library works without the hook"
+    with pytest.raises(PatchError) as caught:
+        patcher.require()
+    assert message in str(caught.value)
+    assert patcher.status()["the.hook"].startswith("failed: ")
+    patcher.undo()
+
+
+def test_once_required_a_late_failure_is_raised_by_the_import(library, monkeypatch):
+    patcher = _patcher(library, monkeypatch, "library:gone")
+    patcher.apply()
+    patcher.require()
+    with pytest.raises(PatchError, match="library:gone"):
+        import library as module  # noqa: F401
+    patcher.undo()
+
+
+def test_two_hooks_of_one_name_are_refused():
+    hook = Hook("same", Target("library:free"), "wrappers:times_ten", "why", "how")
+    with pytest.raises(PatchError, match="not unique"):
+        Patcher((hook, hook))
