@@ -12,12 +12,13 @@ from omegaconf import OmegaConf
 
 def _plugin_not_loaded(role: str) -> None:
     """Answers ``${verl_fp16:<role>}`` until the plugin registers the real answer."""
-    plugin = sys.modules.get("verl_fp16.plugin")
-    if plugin is None:
-        from verl_fp16 import plugin  # with verl not having loaded it, this says why it cannot be loaded
+    loaded = "verl_fp16.plugin" in sys.modules
+    from verl_fp16 import plugin  # if it cannot be imported, this says why, which verl kept to itself
 
-        raise plugin.PluginNotActive("the verl_fp16 precision flag is set, but verl did not load the plugin verl_fp16")
+    if not loaded:
+        raise plugin.not_loaded()
     plugin.require_active()
+    raise plugin.PluginNotActive("the verl_fp16 plugin is in place, but its resolver is not: it was imported too late")
 
 
 if not OmegaConf.has_resolver("verl_fp16"):

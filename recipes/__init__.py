@@ -1,0 +1,1 @@
+"""Complete configurations: run them with ``--config-name``, or copy them and edit."""

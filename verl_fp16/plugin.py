@@ -23,6 +23,16 @@ class PluginNotActive(RuntimeError):
     """The precision flag is given in a process where the hooks are not in place."""
 
 
+def not_loaded() -> PluginNotActive:
+    """The error for a process in which verl has not imported this module."""
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "(unset)")
+    return PluginNotActive(
+        "the verl_fp16 precision flag is set, but verl did not load the plugin in this process. Check "
+        f"VERL_USE_EXTERNAL_PLUGINS={policy}: it must be unset, 'auto', or name verl_fp16. On a verl below 0.9 set "
+        "VERL_USE_EXTERNAL_MODULES=verl_fp16.plugin."
+    )
+
+
 def disabled() -> bool:
     """Whether ``VERL_FP16_DISABLE=1`` is set: then nothing is applied and the flag is an error."""
     return os.environ.get(DISABLE_VAR, "").strip().lower() in ("1", "true", "yes", "on")
@@ -50,8 +60,7 @@ def require_active() -> None:
     """Raise unless every hook is, or will be, in place in this process.
 
     Raises:
-        PluginNotActive: verl did not load the plugin, it is switched off, or a hook failed; the message says which and
-            what to do.
+        PluginNotActive: the plugin is switched off, or a hook failed; the message says which and what to do.
     """
     if disabled():
         raise PluginNotActive(
@@ -63,12 +72,6 @@ def require_active() -> None:
             f"the verl_fp16 precision flag is set, but the plugin could not be put in place in process {os.getpid()}: "
             f"{type(_error).__name__}: {_error}"
         ) from _error
-    if not _installed:
-        raise PluginNotActive(
-            "the verl_fp16 precision flag is set, but verl did not load the plugin in this process. Check "
-            f"VERL_USE_EXTERNAL_PLUGINS={os.environ.get('VERL_USE_EXTERNAL_PLUGINS', '(unset)')}: it must be unset, "
-            "'auto', or name verl_fp16. On a verl below 0.9 set VERL_USE_EXTERNAL_MODULES=verl_fp16.plugin."
-        )
     from verl_fp16.hooks import patcher
     from verl_fp16.patching import PatchError
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -201,7 +200,7 @@ def table(summary: Mapping[str, Any], *, title: str | None = None) -> Table:
             "entropy, nats",
             f"{_text(summary.get('entropy_first'), '.3f')} → {_text(summary.get('entropy_last'), '.3f')}",
         ),
-        ("loss scale at the end", _text(summary.get("loss_scale_last"), ",.0f")),
+        ("loss scale at the end", _text(summary.get("loss_scale_last"), ",.10g")),
         ("skipped steps", f"{_text(summary.get('skipped_steps'), 'd')} of {summary.get('steps', 0)}"),
         ("time", "-" if seconds is None else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"),
     ]
@@ -238,8 +237,9 @@ def draw(metrics: Sequence[StepMetrics], path: str | os.PathLike[str], title: st
 
     def line(axes: Any, steps: list[int], values: list[float], color: str, **style: Any) -> None:
         # A marker keeps a step visible whose neighbours have no value.
-        dots = {"marker": "o", "markersize": 4 if len(steps) <= 60 else 2.5, "markeredgewidth": 0}
-        axes.plot(steps, values, color=color, linewidth=2, **(dots | style))
+        dots = {"marker": "o", "markersize": 4 if len(steps) <= 60 else 2.5, "markeredgewidth": 0, "clip_on": False}
+        if any(map(math.isfinite, values)):
+            axes.plot(steps, values, color=color, linewidth=2, **(dots | style))
 
     steps, reward = series(REWARD)
     checks = [(entry.step, value) for entry in metrics if (value := validation(entry)) is not None]
@@ -270,7 +270,9 @@ def draw(metrics: Sequence[StepMetrics], path: str | os.PathLike[str], title: st
     if skips:
         xs, ys = zip(*skips, strict=True)
         label = f"skipped step ({sum(count[step] for step in xs):.0f})"
-        scale_axes.plot(xs, ys, "X", color=red, markersize=9, markeredgecolor="white", label=label, zorder=4)
+        scale_axes.plot(
+            xs, ys, "X", color=red, markersize=9, markeredgecolor="white", label=label, zorder=4, clip_on=False
+        )
 
     last = max([entry.step for entry in metrics], default=1)
     panels = (
@@ -295,16 +297,21 @@ def draw(metrics: Sequence[StepMetrics], path: str | os.PathLike[str], title: st
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color("#c4c9d2")
         axes.set_xlim(-0.02 * last, 1.02 * last)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
         if not shown:
             axes.set_yticks([])
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=muted, fontsize=13)
+        if shown and min(shown) >= 0:
+            axes.set_ylim(0, 1 if axes is reward_axes and max(shown) <= 1 else max(shown) * 1.1 or 1)
     if any(value > 0 for value in gap):
         gap_axes.set_yscale("log")
         positive = [value for value in gap if math.isfinite(value) and value > 0]
-        # Less than a factor of ten would leave the axis with one label, or none.
-        gap_axes.set_ylim(min(positive) / 2.5, max(positive) * 2.5)
+        # Whole decades, so that there are always two labels to read a value from.
+        gap_axes.set_ylim(
+            10.0 ** math.floor(math.log10(min(positive))), 10.0 ** math.ceil(math.log10(max(positive) * 1.01))
+        )
         gap_axes.yaxis.set_minor_formatter(NullFormatter())
+        gap_axes.tick_params(axis="y", which="minor", length=0)
         gap_axes.grid(axis="y", which="minor", color=faint, linewidth=0.5, alpha=0.7)
     exponents = [round(math.log2(value)) for value in scale if math.isfinite(value)]
     if exponents:

@@ -1,0 +1,200 @@
+"""The flag, composed by verl's own launcher's configuration: what it sets, what wins, what is refused and when."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from verl_fp16 import plugin
+from verl_fp16.hooks import driver
+from verl_fp16.settings import Settings, SettingsError
+
+PRECISIONS = {
+    "fp16": ("float16", "float16"),
+    "bf16": ("bfloat16", "bfloat16"),
+    "bf16_train_fp16_rollout": ("bfloat16", "float16"),
+    "bf16_train_fp32_rollout": ("bfloat16", "float32"),
+    "fp32": ("float32", "float32"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def verl_with_plugin():
+    """verl loads the plugin; the resolver of the flag works from then on."""
+    import verl  # noqa: F401
+
+    plugin.require_active()
+
+
+def composed(*overrides: str, resolve: bool = True):
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=list(overrides))
+    return OmegaConf.to_container(config, resolve=True) if resolve else config
+
+
+def test_the_group_is_complete():
+    folder = Path(plugin.__file__).parent / "conf" / "precision"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(PRECISIONS)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_every_role_runs_in_the_declared_pair(name):
+    config, (train, rollout) = composed(f"+precision={name}"), PRECISIONS[name]
+    roles = {
+        "actor": config["actor_rollout_ref"]["actor"]["fsdp_config"],
+        "ref": config["actor_rollout_ref"]["ref"]["fsdp_config"],
+        "critic": config["critic"]["fsdp"],
+    }
+    for role, engine in roles.items():
+        mixed = engine["mixed_precision"]
+        assert (mixed["param_dtype"], mixed["reduce_dtype"], mixed["buffer_dtype"]) == (train, "fp32", "fp32"), role
+        assert engine["model_dtype"] == "fp32", role
+        assert mixed["verl_fp16"]["role"] == role
+        assert mixed["verl_fp16"]["dtype"] == train
+        assert (mixed["verl_fp16"]["loss_scale"] is None) is (role == "ref")
+    assert config["actor_rollout_ref"]["rollout"]["dtype"] == rollout
+    assert config["actor_rollout_ref"]["rollout"]["calculate_log_probs"] is True
+    assert config["actor_rollout_ref"]["model"]["external_lib"] == config["critic"]["model"]["external_lib"]
+
+
+def test_siblings_differ_in_nothing_but_dtypes():
+    def without_dtypes(name):
+        config = OmegaConf.to_yaml(OmegaConf.create(composed(f"+precision={name}")))
+        for dtype in ("bfloat16", "float16", "float32"):
+            config = config.replace(f"dtype: {dtype}", "dtype: X")
+        return config
+
+    texts = {without_dtypes(name) for name in PRECISIONS}
+    assert len(texts) == 1
+
+
+def test_the_flag_changes_only_what_it_says():
+    """Everything else of verl's configuration is as verl has it."""
+    allowed = (
+        "verl_fp16",
+        "actor_rollout_ref.model.external_lib",
+        "critic.model.external_lib",
+        "actor_rollout_ref.actor.fsdp_config.mixed_precision",
+        "actor_rollout_ref.ref.fsdp_config.mixed_precision",
+        "critic.fsdp.mixed_precision",
+        "actor_rollout_ref.rollout.dtype",
+        "distillation.teacher_models.teacher_model.inference.dtype",  # follows the rollout's in verl's own file
+    )
+
+    def flat(node, prefix=""):
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix[:-1], node
+
+    plain, flagged = dict(flat(composed())), dict(flat(composed("+precision=fp16")))
+    changed = {key for key in plain.keys() | flagged.keys() if plain.get(key, "absent") != flagged.get(key, "absent")}
+    assert {key for key in changed if not key.startswith(allowed)} == set()
+
+
+def test_later_overrides_win():
+    config = composed(
+        "+precision=fp16",
+        "verl_fp16.loss_scale.init=1024",
+        "verl_fp16.critic_loss_scale.growth_interval=7",
+        "actor_rollout_ref.rollout.dtype=bfloat16",
+    )
+    actor = config["actor_rollout_ref"]["actor"]["fsdp_config"]["mixed_precision"]["verl_fp16"]["loss_scale"]
+    critic = config["critic"]["fsdp"]["mixed_precision"]["verl_fp16"]["loss_scale"]
+    assert (actor["init"], actor["growth_interval"]) == (1024, 400)
+    assert (critic["init"], critic["growth_interval"]) == (1024, 7), "the critic follows the actor key by key"
+    assert config["actor_rollout_ref"]["rollout"]["dtype"] == "bfloat16"
+
+
+def test_yaml_and_dataclass_have_the_same_keys_and_defaults():
+    node = composed("+precision=fp16")["verl_fp16"]
+    assert Settings.from_node(node) == Settings()
+    assert set(node) == set(vars(Settings()))
+    assert set(node["loss_scale"]) == set(vars(Settings().loss_scale)) == set(node["critic_loss_scale"])
+
+
+def test_a_recipe_names_the_group_in_its_defaults(tmp_path):
+    from hydra import initialize_config_dir
+
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - ppo_trainer\n  - precision: fp16\n  - _self_\n")
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        config = compose("mine", overrides=["hydra.searchpath=[pkg://verl.trainer.config]", "precision=bf16"])
+    assert config.actor_rollout_ref.rollout.dtype == "bfloat16", "a recipe's precision is one word on the command line"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    (
+        ("+verl_fp16.los_scale.init=3", "did you mean verl_fp16.loss_scale?"),
+        ("verl_fp16.loss_scale.init=0.1", "loss_scale.init must be at least"),
+        ("verl_fp16.train_dtype=fp17", "train_dtype must be one of"),
+    ),
+)
+def test_wrong_settings_are_refused_by_name(override, message):
+    config = composed("+precision=fp16", override, resolve=False)
+    with pytest.raises(SettingsError) as caught:
+        driver.read_settings(config)
+    assert message in str(caught.value)
+
+
+def launch(*overrides: str, **env: str) -> tuple[int, str]:
+    """verl's own launcher up to the point where it would start Ray; exit code and output."""
+    process = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **env},
+    )
+    return process.returncode, process.stdout + process.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    (
+        ({"VERL_FP16_DISABLE": "1"}, "VERL_FP16_DISABLE=1 switches verl_fp16 off"),
+        ({"VERL_USE_EXTERNAL_PLUGINS": "none"}, "verl did not load the plugin"),
+    ),
+)
+def test_the_flag_without_the_hooks_is_an_error_before_ray_starts(env, message, tmp_path):
+    """verl swallows what a plugin raises; the flag must not run without it all the same."""
+    code, output = launch("+precision=fp16", f"hydra.run.dir={tmp_path}", **env)
+    assert code != 0
+    assert message in output
+    assert "Started a local Ray instance" not in output
+
+
+def test_a_plugin_that_breaks_surfaces_where_the_flag_is_given(tmp_path):
+    """A hook's module that cannot be imported: verl would swallow it at DEBUG."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['verl_fp16.hooks'] = None\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    code, output = launch("+precision=fp16", f"hydra.run.dir={tmp_path}", PYTHONPATH=path)
+    assert code != 0
+    assert "verl_fp16.hooks" in output
+    assert "Started a local Ray instance" not in output
+
+
+def test_a_worker_without_the_hooks_stops():
+    """What verl imports in every worker through model.external_lib."""
+    code = (
+        "from verl.utils.import_utils import import_external_libs as f; f('verl_fp16.required')\n"
+        "import verl.workers.engine.fsdp.transformer_impl, verl_fp16.hooks as h; print(set(h.patcher.status().values()))"
+    )
+
+    def worker(**env):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+
+    off = worker(VERL_FP16_DISABLE="1")
+    assert off.returncode != 0
+    assert "PluginNotActive" in off.stderr
+    for env in ({}, {"VERL_USE_EXTERNAL_PLUGINS": "none"}):
+        process = worker(**env)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.strip() == "{'applied'}", "where verl did not load the plugin, the import does it in time"

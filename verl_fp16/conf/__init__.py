@@ -1,0 +1,1 @@
+"""Hydra configuration groups of verl_fp16: ``precision`` (the flag) and ``hardware``."""
