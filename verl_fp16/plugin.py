@@ -15,6 +15,9 @@ import os
 
 DISABLE_VAR = "VERL_FP16_DISABLE"
 
+# Set when this process resolves a configuration with the flag: what has no configuration of its own at hand asks this.
+flag_given = False
+
 _error: Exception | None = None
 _installed = False
 

@@ -11,10 +11,8 @@ import contextlib
 import ctypes
 import os
 import re
-import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 import uuid
@@ -24,7 +22,8 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["CRITICAL", "RunResult", "ray_temp_dir", "run_supervised", "telling_lines"]
+from verl_fp16.leftovers import remove_shared_memory, shared_memory_files
+from verl_fp16.run_log import telling_lines
 
 CRITICAL: tuple[str, ...] = (
     r"ray::.*WorkerDict",
@@ -40,11 +39,6 @@ CRITICAL: tuple[str, ...] = (
 
 _RUN_MARK = "VERL_FP16_RUN_ID"
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
-_TAIL_BYTES = 1 << 20
-_LINE_CHARS = 300
-# What Ray appends to its temporary directory: "/session_<date>_<time>_<us>_<pid>/sockets/plasma_store" and a suffix.
-_RAY_SOCKET_BYTES = 68
-_UNIX_SOCKET_BYTES = 107
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ def run_supervised(
         worker_grace_s: seconds the command gets to end by itself after a critical process has gone.
         end_grace_s: seconds that processes get to end after SIGINT and SIGTERM together, before SIGKILL.
         poll_s: seconds between two looks.
-        shm_dir: folder in which `psm_*` files are looked for. Processes in another PID namespace that share this
+        shm_dir: folder in which left shared memory is looked for. Processes in another PID namespace that share this
             folder cannot be seen, so their new files would be taken for leftovers.
 
     Returns:
@@ -121,7 +115,7 @@ def run_supervised(
     """
     log = Path(log_path)
     log.parent.mkdir(parents=True, exist_ok=True)
-    shm_before = _shm_files(Path(shm_dir))
+    shm_before = shared_memory_files(Path(shm_dir))
     removed: list[str] = []
     left: list[psutil.Process] = []
     cause: str | None = None
@@ -166,7 +160,7 @@ def run_supervised(
             # Ending the run makes it log errors of its own, which are not the reason.
             quoted = telling_lines(log) if cause is not None else []
             left = tree.end(process, end_grace_s, hurry=lambda: len(noted) > 1)
-            removed = _remove_shm(Path(shm_dir), shm_before)
+            removed = remove_shared_memory(Path(shm_dir), shm_before)
         if on_tick is not None and not noted:
             on_tick()
     if noted:
@@ -419,104 +413,3 @@ def _exit_text(code: int) -> str:
         name = f"signal {-code}"
     hint = " (often the kernel, out of memory)" if -code == signal.SIGKILL else ""
     return f"was killed by {name}{hint}"
-
-
-def _shm_files(folder: Path) -> dict[str, int]:
-    """Name and inode of our own `psm_*` files, the names that Python's shared memory uses."""
-    files = {}
-    for path in folder.glob("psm_*"):
-        with contextlib.suppress(OSError):
-            status = path.lstat()
-            if status.st_uid == os.geteuid():
-                files[path.name] = status.st_ino
-    return files
-
-
-def _remove_shm(folder: Path, before: Mapping[str, int]) -> list[str]:
-    """Remove `psm_*` files that are not in `before` and that no live process maps or has open; return their names."""
-    fresh = {name for name, inode in _shm_files(folder).items() if before.get(name) != inode}
-    for pid in psutil.pids() if fresh else ():
-        # Another user's process cannot be read, but neither could it have opened a file of ours.
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", errors="replace") as maps:
-            fresh -= {line.rstrip("\n").rpartition("/")[2] for line in maps if "/psm_" in line}
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(OSError):
-                    fresh.discard(os.path.basename(os.readlink(entry.path)))
-    removed = []
-    for name in sorted(fresh):
-        with contextlib.suppress(OSError):
-            (folder / name).unlink()
-            removed.append(name)
-    return removed
-
-
-@contextlib.contextmanager
-def ray_temp_dir() -> Iterator[Path]:
-    """Make a temporary directory for Ray (`ray.init(_temp_dir=...)`), and delete it with its contents at the end.
-
-    Its path is short enough for the Unix sockets that Ray makes below it, whose paths may have 107 bytes.
-
-    Raises:
-        OSError: no temporary folder of the system is writable and has a short enough path.
-    """
-    for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        with contextlib.suppress(FileNotFoundError, PermissionError):
-            path = Path(tempfile.mkdtemp(prefix="r", dir=folder))
-            if len(os.fsencode(path)) + _RAY_SOCKET_BYTES <= _UNIX_SOCKET_BYTES:
-                break
-            path.rmdir()
-    else:
-        raise OSError(f"no temporary folder leaves {_RAY_SOCKET_BYTES} bytes for Ray's socket paths: set TMPDIR")
-    try:
-        yield path
-    finally:
-        # Ray's last processes may still be deleting files of their own; what is left is in the temporary folder.
-        shutil.rmtree(path, ignore_errors=True)
-
-
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_SOURCE = re.compile(r"^\(([\w:.<>]+)(?: pid=\d+)?[^)]*\)\s?")
-_NOISE = re.compile(r"\s*\[repeated \d+x across cluster\].*|\b\w+ ID: [0-9a-f]{16,}\s?|\s*\(Ray deduplicates logs.*")
-_HARMLESS = re.compile(r"^(?:DEBUG|INFO|WARNING)\b")
-_LOG_HEAD = re.compile(r"^(?:ERROR|CRITICAL)\b[^\]]{0,80}\]\s*")
-_TELLING = re.compile(
-    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?:\([\w.]+\))?(?::|$)"
-    r"|CUDA (?:error|out of memory|driver)|device-side assert|NCCL (?:error|failure)|[Oo]ut of memory|OOM[- ]?kill"
-    r"|(?:actor|worker) (?:is dead|died)|[Tt]he actor .*died|node (?:is dead|died)|EngineDeadError"
-    r"|Fatal Python error|Segmentation fault|Bus error|core dumped|^Killed|No space left on device"
-)
-
-
-def telling_lines(log_path: str | os.PathLike[str], n: int = 8) -> list[str]:
-    """Return the lines of a log that say most about a failure, in their order, shortened and without repeats.
-
-    Args:
-        log_path: a text log; only its last megabyte is read, and a missing one counts as empty.
-        n: most lines to return. Of more, the first and the last ones are taken: the first exception is the reason,
-            the last is what ended the command. Without any error line, the log's last lines are returned.
-
-    Returns:
-        At most `n` lines of at most 300 characters.
-    """
-    try:
-        with open(log_path, "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
-            text = log.read(_TAIL_BYTES).decode(errors="replace")
-    except OSError:
-        return []
-    telling: dict[str, str] = {}
-    last: list[str] = []
-    for raw in _ANSI.sub("", text).splitlines():
-        source = _SOURCE.match(raw)
-        line = _NOISE.sub("", raw[source.end() :] if source else raw).strip()
-        line = _LOG_HEAD.sub("", line)
-        if not line:
-            continue
-        shown = f"{source.group(1)}: {line}" if source else line
-        shown = shown if len(shown) <= _LINE_CHARS else shown[: _LINE_CHARS - 3] + "..."
-        last = [*last, shown][-n:]
-        if _TELLING.search(line) and not _HARMLESS.match(line):
-            telling.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "#", line), shown)
-    lines = list(telling.values()) or last
-    return lines if len(lines) <= n else lines[: n // 2] + lines[len(lines) - (n - n // 2) :]

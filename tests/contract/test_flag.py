@@ -185,7 +185,8 @@ def test_a_worker_without_the_hooks_stops():
     """What verl imports in every worker through model.external_lib."""
     code = (
         "from verl.utils.import_utils import import_external_libs as f; f('verl_fp16.required')\n"
-        "import verl.workers.engine.fsdp.transformer_impl, verl_fp16.hooks as h; print(set(h.patcher.status().values()))"
+        "import verl.workers.engine.fsdp.transformer_impl, verl.utils.debug.metrics, verl_fp16.hooks as h\n"
+        "print(set(h.patcher.status().values()))"
     )
 
     def worker(**env):

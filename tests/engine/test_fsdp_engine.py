@@ -1,4 +1,4 @@
-"""verl's real FSDP engine on gloo: precision, loss scaler, skip; with the flag, without it, and stock verl beside it."""
+"""verl's real FSDP engine on gloo: precision, loss scaler, skip; with the flag, without it, and stock verl."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_fp16_engine_runs_what_the_flag_declares(tiny_model, tmp_path, strategy,
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_clipped_norm_is_that_of_the_true_gradient(tiny_model, tmp_path, strategy):
-    """The norm that is clipped is unscaled: FP16 at scale 65536 sees the norm that FP32 sees, within FP16's rounding."""
+    """The norm that is clipped is unscaled: at scale 65536 FP16 sees the norm that FP32 sees, within its rounding."""
     from ranks import on_ranks
 
     folders = [tmp_path / name for name in ("half", "full")]

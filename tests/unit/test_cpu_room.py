@@ -75,7 +75,10 @@ def test_the_choice_reaches_the_run_environment_and_spares_what_the_user_set(mon
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     config = OmegaConf.create(
-        {"trainer": {"device": "cpu"}, "ray_kwargs": {"ray_init": {"runtime_env": {"env_vars": {"VERL_PLATFORM": "x"}}}}}
+        {
+            "trainer": {"device": "cpu"},
+            "ray_kwargs": {"ray_init": {"runtime_env": {"env_vars": {"VERL_PLATFORM": "x"}}}},
+        }
     )
     OmegaConf.set_struct(config, True)
     assert choice.chosen_by_config(config)

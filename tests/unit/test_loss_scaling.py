@@ -18,7 +18,9 @@ def _model(value: float = 1.0) -> tuple[torch.nn.Parameter, torch.optim.Optimize
     return parameter, torch.optim.AdamW([parameter], lr=0.1)
 
 
-def _update(scaler: LossScaler, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, overflow: bool) -> None:
+def _update(
+    scaler: LossScaler, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, overflow: bool
+) -> None:
     optimizer.zero_grad()
     scaler.scale((parameter * parameter).sum()).backward()
     if overflow:

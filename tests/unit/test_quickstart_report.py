@@ -230,6 +230,8 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
         assert "gap nan" in third and "skipped 3" in third and third.endswith("elapsed 1:25, left about 1:24")
         (last,) = screen.feed(80, line(10, reward=math.inf))
         assert "reward inf" in last and "gap -" in last and last.endswith("left 0:00")
+        (validated,) = screen.feed(0, line(10, val=0.9))
+        assert "reward inf" in validated and "25.0% to 90.0%" in validated
 
 
 def test_time_left_without_step_times_and_without_estimate(tmp_path):
@@ -260,6 +262,7 @@ def test_panel_on_a_terminal(tmp_path):
 
 def test_numbers_and_clocks():
     assert [number(value) for value in (None, math.nan, -math.inf, 0.5)] == ["-", "nan", "-inf", "0.500"]
+    assert number(math.nan, ".1%") == "nan"
     assert [clock(value) for value in (None, math.nan, -3, 59.6, 3599, 3661)] == [
         *("-", "-", "0:00", "1:00", "59:59", "1:01:01")
     ]

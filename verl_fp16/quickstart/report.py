@@ -179,7 +179,9 @@ def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> P
 
 
 def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    if value is None:
+        return "-"
+    return format(value, form) if math.isfinite(value) else str(value)
 
 
 def table(summary: Mapping[str, Any], *, title: str | None = None) -> Table:

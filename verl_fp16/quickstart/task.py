@@ -1,10 +1,11 @@
 """Written sums: the questions, the split into training and held-out pairs, the reward and verl's parquet files.
 
 This module imports nothing from the package, so verl can load it by file path as its custom reward function
-(``reward.custom_reward_function.path``, ``name=compute_score``).
+(``reward.custom_reward_function.path``, ``name=compute_score``) as well as by name (``pkg://``).
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: verl executes a file without registering it in sys.modules, where
+# dataclasses would look to resolve annotations that are strings.
 
 import random
 from dataclasses import dataclass

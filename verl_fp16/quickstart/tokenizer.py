@@ -6,14 +6,19 @@ needs ``\\n`` to be exactly one token and ``<|im_end|>`` to exist) take it as th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import Qwen2Tokenizer
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_SIZE = 256 + 3
+# The label that torch's cross-entropy skips by default.
+IGNORED_LABEL = -100
 
 # A user message is left open, so that the answer follows the question directly and the generation prompt adds nothing.
 # Closed messages end in a newline because verl's Qwen token builder inserts one after <|im_end|> between turns.
@@ -77,10 +82,54 @@ def build_tokenizer(path: str | Path) -> Qwen2Tokenizer:
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )
-    if len(tokenizer) != VOCABULARY_SIZE or tokenizer.encode(f"\n{IM_START}{IM_END}{END_OF_TEXT}") != [10, 256, 257, 258]:
+    if len(tokenizer) != VOCABULARY_SIZE or tokenizer.encode(f"\n{IM_START}{IM_END}{END_OF_TEXT}") != [
+        10,
+        256,
+        257,
+        258,
+    ]:
         raise RuntimeError(
             "the installed transformers does not build the byte-level Qwen2 tokenizer as expected: "
             f"{len(tokenizer)} tokens instead of {VOCABULARY_SIZE}, or other ids; transformers 5 is known to work"
         )
     tokenizer.save_pretrained(str(path))
     return tokenizer
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, rendered as one user message with a generation prompt, without padding."""
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], answers: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Inputs and next-token labels of answered prompts, for training on the answers alone.
+
+    Padding is on the right, after the labelled tokens, so causal attention by itself keeps it out of the loss.
+
+    Args:
+        tokenizer: Its end-of-sequence token closes each answer.
+        prompts: Token ids from `prompt_ids`.
+        answers: One text for each prompt.
+
+    Returns:
+        Two int64 tensors of shape (rows, length): the token ids without the last end token, and the labels, which are
+        ``IGNORED_LABEL`` everywhere but on the answer and its end token.
+
+    Raises:
+        ValueError: If ``prompts`` and ``answers`` differ in length.
+    """
+    targets = [
+        [*ids, tokenizer.eos_token_id] for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    ]
+    length = max(len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)) - 1
+    inputs = torch.full((len(prompts), length), tokenizer.pad_token_id)
+    labels = torch.full((len(prompts), length), IGNORED_LABEL)
+    for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        ids = [*prompt, *target[:-1]]
+        inputs[row, : len(ids)] = torch.tensor(ids)
+        labels[row, len(prompt) - 1 : len(ids)] = torch.tensor(target)
+    return inputs, labels

@@ -1,0 +1,79 @@
+"""Runs verl's real trainer (Ray, FSDP, vLLM's CPU build) for a few steps and reads what it logged."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl_fp16.leftovers import ray_temp_dir
+from verl_fp16.quickstart.report import StepMetrics, read_metrics
+from verl_fp16.quickstart.task import write_parquet
+from verl_fp16.supervise import RunResult, run_supervised
+
+# The quickstart's recipe with a tiny model, 8 prompts with 4 answers, and two updates a step.
+SMALL = (
+    "data.train_batch_size=8",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8",
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of the trainer left."""
+
+    result: RunResult
+    metrics: list[StepMetrics]
+    folder: Path
+
+    @property
+    def log(self) -> str:
+        return self.result.log_path.read_text(errors="replace")
+
+    def step(self, number: int) -> dict[str, float]:
+        return next(entry.data for entry in self.metrics if entry.step == number)
+
+
+def train(
+    folder: Path,
+    model: Path,
+    *overrides: str,
+    steps: int = 2,
+    timeout_s: float = 420,
+    on_tick: Callable[[], object] | None = None,
+) -> Run:
+    """Run ``python -m verl.trainer.main_ppo --config-name quickstart`` with overrides, in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "data").exists():
+        write_parquet(folder / "data", seed=1, train_rows=256, held_out_pairs=16)
+    metrics = folder / f"metrics-{steps}.jsonl"
+    with ray_temp_dir() as ray_dir:
+        command = [
+            *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "quickstart"),
+            *SMALL,
+            f"quickstart_dir={folder}",
+            f"hydra.run.dir={folder / 'hydra'}",
+            f"actor_rollout_ref.model.path={model}",
+            f"critic.model.path={model}",
+            f"trainer.total_training_steps={steps}",
+            f"+ray_kwargs.ray_init._temp_dir={ray_dir}",
+            *overrides,
+        ]
+        env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(metrics), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        result = run_supervised(
+            command,
+            log_path=folder / f"verl-{steps}.log",
+            env=env,
+            timeout_s=timeout_s,
+            stall_timeout_s=180,
+            on_tick=on_tick,
+        )
+    return Run(result, read_metrics(metrics), folder)

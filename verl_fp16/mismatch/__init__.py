@@ -1,0 +1,1 @@
+"""How far training and inference disagree. Pure torch; no import of verl."""

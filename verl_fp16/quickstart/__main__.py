@@ -1,0 +1,221 @@
+"""``python -m verl_fp16.quickstart``: a base model, then verl's own GRPO trainer on it, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from verl_fp16.leftovers import ray_temp_dir
+from verl_fp16.quickstart import report
+from verl_fp16.quickstart.progress import RunDisplay
+from verl_fp16.supervise import RunResult, run_supervised
+
+RECIPE = "quickstart"
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+
+# What a run takes on 2 cores, for the time left until steps have been measured.
+_START_UP_S, _STEP_S, _VALIDATION_S = 130, 6, 9
+_TIMEOUT_S, _STALL_S = 3600, 300
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: read back from the configuration that verl's launcher will compose."""
+
+    precision: str
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]
+    steps: int
+    validations: int
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "verl.log"
+
+    @property
+    def estimate_s(self) -> float:
+        return _START_UP_S + self.steps * _STEP_S + self.validations * _VALIDATION_S
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the quickstart; returns the exit code (0 done, 1 failed, 2 wrong input, 130 interrupted)."""
+    options = _parse(arguments)
+    console = Console()
+    try:
+        plan = make_plan(options.precision, options.seed, options.output, options.overrides)
+    except ValueError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    started = time.monotonic()
+    try:
+        base = make_base(plan, console)
+        result = train(plan, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; everything that was started has been ended, the log is {plan.log}")
+        return INTERRUPTED
+    return finish(plan, base, result, time.monotonic() - started, console)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("verl_fp16.quickstart", description=__doc__)
+    parser.add_argument("--precision", default="fp16", help="a name of the group precision (default: fp16)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of base model, data and sampling (default: 1)")
+    parser.add_argument("--output", type=Path, help="folder for everything that is made (default: outputs/quickstart)")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, passed on to verl")
+    return parser.parse_args(arguments)
+
+
+def make_plan(precision: str, seed: int, output: Path | None, overrides: Sequence[str]) -> Plan:
+    """Compose the configuration as verl's launcher will, so that a wrong override ends the run before it starts.
+
+    Raises:
+        ValueError: with Hydra's message.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+
+    suffix = "" if precision == "fp16" else f"-{precision}"
+    folder = (output or Path("outputs") / f"quickstart{suffix}").resolve()
+    mine = [
+        f"precision={precision}",
+        f"quickstart_dir={folder}",
+        f"data.seed={seed}",
+        f"actor_rollout_ref.rollout.seed={seed}",
+        f"hydra.run.dir={folder / 'hydra'}",
+    ]
+    everything = (*mine, *overrides)
+    try:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose(RECIPE, overrides=list(everything))
+    except HydraException as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    trainer = config.trainer
+    validations = int(bool(trainer.val_before_train)) + (
+        -(-trainer.total_training_steps // trainer.test_freq) if trainer.test_freq > 0 else 0
+    )
+    return Plan(precision, seed, folder, everything, int(trainer.total_training_steps), validations)
+
+
+def make_base(plan: Plan, console: Console) -> dict:
+    """Stage 1: data, tokenizer and base model in ``plan.folder``; returns the base model's report."""
+    from verl_fp16.quickstart import base_model, task
+
+    for name in ("metrics.jsonl", "summary.json", "training.png"):
+        # What an earlier run left must not be taken for this one's.
+        with contextlib.suppress(FileNotFoundError):
+            (plan.folder / name).unlink()
+    task.write_parquet(plan.folder / "data", plan.seed)
+    columns = (
+        TextColumn("1/3 base model"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    if not console.is_terminal:
+        console.print("[1/3 base model] training", highlight=False)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        row = bar.add_task("", total=None, loss=float("nan"))
+        made = base_model.train_base_model(
+            plan.folder / "model",
+            plan.seed,
+            progress=lambda step, total, loss: bar.update(row, completed=step, total=total, loss=loss),
+        )
+    console.print(
+        f"[1/3 base model] {made.parameters / 1e6:.1f} M parameters, {made.seconds:.0f} s: right on "
+        f"{made.sampled_accuracy:.0%} of held-out sums (sampled), {made.greedy_accuracy:.0%} (greedy)",
+        highlight=False,
+        markup=False,
+    )
+    return asdict(made)
+
+
+def train(plan: Plan, console: Console) -> RunResult:
+    """Stages 2 and 3: verl's trainer, supervised."""
+    with ray_temp_dir() as ray_dir:
+        command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", RECIPE, *plan.overrides]
+        command.append(f"+ray_kwargs.ray_init._temp_dir={ray_dir}")
+        env = {
+            **os.environ,
+            "VERL_FILE_LOGGER_PATH": str(plan.metrics),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        display = RunDisplay(
+            plan.metrics,
+            plan.steps,
+            stage="2/3 starting verl: Ray, FSDP2, vLLM",
+            training_stage="3/3 GRPO",
+            estimate_s=plan.estimate_s,
+            title=f"verl GRPO, {plan.precision}",
+            console=console,
+        )
+        with display:
+            return run_supervised(
+                command,
+                log_path=plan.log,
+                env=env,
+                timeout_s=_TIMEOUT_S,
+                stall_timeout_s=_STALL_S,
+                heartbeat_paths=[plan.metrics],
+                on_tick=display.tick,
+            )
+
+
+def finish(plan: Plan, base: dict, result: RunResult, seconds: float, console: Console) -> int:
+    """Write ``summary.json`` and ``training.png`` and print the table; returns the exit code."""
+    from verl_fp16.quickstart.task import HELD_OUT_PAIRS
+
+    metrics = report.read_metrics(plan.metrics)
+    summary = {
+        "precision": plan.precision,
+        "seed": plan.seed,
+        "completed": result.ok,
+        "cause": result.cause,
+        **report.summarise(
+            metrics,
+            n_validation=HELD_OUT_PAIRS,
+            seconds=seconds,
+            log_prob_key="mismatch/log_prob_abs_diff_mean",
+        ),
+        "base_model": base,
+        "overrides": list(plan.overrides),
+    }
+    report.write_summary(plan.folder / "summary.json", summary)
+    if not result.ok:
+        console.print(f"quickstart failed: {result.cause}", markup=False, style="red")
+        console.print(f"the whole log: {result.log_path}", markup=False)
+        return FAILED
+    if summary["steps"] != plan.steps or summary["accuracy_after"] is None:
+        console.print(
+            f"quickstart failed: verl ended after {summary['steps']} of {plan.steps} steps without an error; see "
+            f"{result.log_path}",
+            markup=False,
+        )
+        return FAILED
+    picture = report.draw(metrics, plan.folder / "training.png", f"verl GRPO on sums, {plan.precision}")
+    console.print(report.table(summary, title=f"quickstart, {plan.precision}, seed {plan.seed}"))
+    for what, path in (("picture", picture), ("metrics", plan.metrics), ("log", plan.log)):
+        console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,55 @@
+"""The lines of a training run's log that say why it failed."""
+
+from __future__ import annotations
+
+import os
+import re
+
+_TAIL_BYTES = 1 << 20
+_LINE_CHARS = 300
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_SOURCE = re.compile(r"^\(([\w:.<>]+)(?: pid=\d+)?[^)]*\)\s?")
+_NOISE = re.compile(r"\s*\[repeated \d+x across cluster\].*|\b\w+ ID: [0-9a-f]{16,}\s?|\s*\(Ray deduplicates logs.*")
+_HARMLESS = re.compile(r"^(?:DEBUG|INFO|WARNING)\b")
+_LOG_HEAD = re.compile(r"^(?:ERROR|CRITICAL)\b[^\]]{0,80}\]\s*")
+_TELLING = re.compile(
+    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?:\([\w.]+\))?(?::|$)"
+    r"|CUDA (?:error|out of memory|driver)|device-side assert|NCCL (?:error|failure)|[Oo]ut of memory|OOM[- ]?kill"
+    r"|(?:actor|worker) (?:is dead|died)|[Tt]he actor .*died|node (?:is dead|died)|EngineDeadError"
+    r"|Fatal Python error|Segmentation fault|Bus error|core dumped|^Killed|No space left on device"
+)
+
+
+def telling_lines(log_path: str | os.PathLike[str], n: int = 8) -> list[str]:
+    """Return the lines of a log that say most about a failure, in their order, shortened and without repeats.
+
+    Args:
+        log_path: a text log; only its last megabyte is read, and a missing one counts as empty.
+        n: most lines to return. Of more, the first and the last ones are taken: the first exception is the reason,
+            the last is what ended the command. Without any error line, the log's last lines are returned.
+
+    Returns:
+        At most `n` lines of at most 300 characters.
+    """
+    try:
+        with open(log_path, "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
+            text = log.read(_TAIL_BYTES).decode(errors="replace")
+    except OSError:
+        return []
+    telling: dict[str, str] = {}
+    last: list[str] = []
+    for raw in _ANSI.sub("", text).splitlines():
+        source = _SOURCE.match(raw)
+        line = _NOISE.sub("", raw[source.end() :] if source else raw).strip()
+        line = _LOG_HEAD.sub("", line)
+        if not line:
+            continue
+        shown = f"{source.group(1)}: {line}" if source else line
+        shown = shown if len(shown) <= _LINE_CHARS else shown[: _LINE_CHARS - 3] + "..."
+        last = [*last, shown][-n:]
+        if _TELLING.search(line) and not _HARMLESS.match(line):
+            telling.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "#", line), shown)
+    lines = list(telling.values()) or last
+    return lines if len(lines) <= n else lines[: n // 2] + lines[len(lines) - (n - n // 2) :]
