@@ -4,8 +4,8 @@
 
 Rollout side: vLLM scores the tokens (``prompt_logprobs``) with the model loaded in its dtype. Training side: verl's
 FSDP engine, FP32 master weights, autocast and FSDP parameters in its dtype, the pass that computes old log-probs.
-Tokens: answers that an FP32 copy of the model samples at temperature 1 to written sums; only tokens at which the model's FP32
-entropy is at least the floor count, because a token that is certain has no gap in any precision.
+Tokens: answers that an FP32 copy of the model samples at temperature 1 to written sums; only tokens at which the
+model's FP32 entropy is at least the floor count, because a token that is certain has no gap in any precision.
 
 Intervals: 95%, bootstrap over answers, with the same resamples for every pair.
 """

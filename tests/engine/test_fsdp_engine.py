@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from ranks import on_ranks
 
 STRATEGIES = ("fsdp", "fsdp2")
 SEQUENCES = [list(range(start, start + 6 + start % 5)) for start in range(8)]
-
-
-def _parameters(engine) -> dict:
-    from torch.distributed.tensor import DTensor
-
-    state = engine.module.state_dict()
-    return {
-        name: (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
-        if hasattr(value, "detach")
-        else value.local_tensor().clone()
-        for name, value in state.items()
-    }
 
 
 def _local_shards(engine) -> list:
@@ -38,8 +28,44 @@ def _optimizer_state(engine) -> list:
     ]
 
 
+def run_calls(calls: dict[str, tuple]) -> dict:
+    """Call functions of this module one after the other on this rank: name -> (function's name, arguments)."""
+    return {name: globals()[function](*arguments) for name, (function, *arguments) in calls.items()}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_model, tmp_path_factory) -> dict:
+    model, calls = str(tiny_model), {}
+    for strategy in STRATEGIES:
+        calls[f"fp16 {strategy}"] = ("train_a_little", model, strategy, "float16", True, 4)
+        calls[f"fp32 {strategy}"] = ("train_a_little", model, strategy, "float32", True, 1)
+        calls[f"roles {strategy}"] = ("critic_and_reference", model, strategy)
+    calls["no flag"] = ("train_a_little", model, "fsdp2", "bfloat16", False, 3)
+    return on_ranks(1, run_calls, calls, folder=tmp_path_factory.mktemp("one-rank"))[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_model, tmp_path_factory) -> list[dict]:
+    model, calls = str(tiny_model), {}
+    for strategy in STRATEGIES:
+        calls[f"fp16 {strategy}"] = ("train_a_little", model, strategy, "float16", True, 4)
+        calls[f"fault {strategy}"] = ("skip_on_fault", model, strategy)
+    return on_ranks(2, run_calls, calls, folder=tmp_path_factory.mktemp("two-ranks"))
+
+
+@pytest.fixture(scope="module")
+def stock_verl(tiny_model, tmp_path_factory) -> dict:
+    """verl on the CPU room alone, without any hook of the flag."""
+    model = str(tiny_model)
+    calls = {
+        "fault": ("stock_on_fault", model),
+        "no flag": ("train_a_little", model, "fsdp2", "bfloat16", False, 3),
+    }
+    folder = tmp_path_factory.mktemp("stock")
+    return on_ranks(1, run_calls, calls, folder=folder, env={"VERL_FP16_DISABLE": "1"})[0]
+
+
 def train_a_little(model: str, strategy: str, dtype: str, flag: bool, steps: int) -> dict:
-    import torch
     import torch.distributed as dist
 
     from verl_fp16 import standalone
@@ -78,12 +104,9 @@ def _fsdp_dtypes(engine) -> tuple:
 
 @pytest.mark.parametrize("world_size", (1, 2))
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_fp16_engine_runs_what_the_flag_declares(tiny_model, tmp_path, strategy, world_size):
-    import torch
-    from ranks import on_ranks
-
-    ranks = on_ranks(world_size, train_a_little, str(tiny_model), strategy, "float16", True, 4, folder=tmp_path)
-    for seen in ranks:
+def test_fp16_engine_runs_what_the_flag_declares(request, strategy, world_size):
+    ranks = [request.getfixturevalue("one_rank")] if world_size == 1 else request.getfixturevalue("two_ranks")
+    for seen in (rank[f"fp16 {strategy}"] for rank in ranks):
         assert seen["autocast"] is torch.float16
         assert seen["master"] == {torch.float32}
         assert seen["mixed_precision"] == (torch.float16, torch.float32)
@@ -97,24 +120,15 @@ def test_fp16_engine_runs_what_the_flag_declares(tiny_model, tmp_path, strategy,
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_clipped_norm_is_that_of_the_true_gradient(tiny_model, tmp_path, strategy):
+def test_clipped_norm_is_that_of_the_true_gradient(one_rank, strategy):
     """The norm that is clipped is unscaled: at scale 65536 FP16 sees the norm that FP32 sees, within its rounding."""
-    from ranks import on_ranks
-
-    folders = [tmp_path / name for name in ("half", "full")]
-    for folder in folders:
-        folder.mkdir()
-    half, full = (
-        on_ranks(1, train_a_little, str(tiny_model), strategy, dtype, True, 1, folder=folder)[0]
-        for dtype, folder in zip(("float16", "float32"), folders, strict=True)
-    )
+    half, full = one_rank[f"fp16 {strategy}"], one_rank[f"fp32 {strategy}"]
     assert half["metrics"][0]["grad_norm"] == pytest.approx(full["metrics"][0]["grad_norm"], rel=5e-3)
     assert full["scaler"] == "NoneType"
 
 
 def skip_on_fault(model: str, strategy: str) -> dict:
     """One clean step, one with an inf in rank 0's gradient alone, one clean step."""
-    import torch
     import torch.distributed as dist
 
     from verl_fp16 import standalone
@@ -142,11 +156,8 @@ def skip_on_fault(model: str, strategy: str) -> dict:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_fault_on_one_rank_skips_on_all_and_changes_nothing(tiny_model, tmp_path, strategy):
-    import torch
-    from ranks import on_ranks
-
-    for seen in on_ranks(2, skip_on_fault, str(tiny_model), strategy, folder=tmp_path):
+def test_fault_on_one_rank_skips_on_all_and_changes_nothing(two_ranks, strategy):
+    for seen in (rank[f"fault {strategy}"] for rank in two_ranks):
         (shards, state, scale), (shards_after, state_after, scale_after) = seen["before"], seen["after"]
         assert all(torch.equal(a, b) for a, b in zip(shards, shards_after, strict=True))
         assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(state, state_after, strict=True))
@@ -161,7 +172,6 @@ def test_fault_on_one_rank_skips_on_all_and_changes_nothing(tiny_model, tmp_path
 
 def stock_on_fault(model: str) -> bool:
     """Stock verl on the CPU room alone: does an inf gradient reach the weights?"""
-    import torch
     import torch.distributed as dist
 
     from verl_fp16 import standalone
@@ -179,34 +189,22 @@ def stock_on_fault(model: str) -> bool:
 
     engine.optimizer_step = poisoned
     standalone.train_step(engine, standalone.make_batch(mine))
-    return all(torch.isfinite(shard).all() for shard in _local_shards(engine))
+    return all(bool(torch.isfinite(shard).all()) for shard in _local_shards(engine))
 
 
-def test_stock_verl_lets_the_fault_into_the_weights(tiny_model, tmp_path):
+def test_stock_verl_lets_the_fault_into_the_weights(stock_verl):
     """The control: without our scaler the same fault destroys the model on this device."""
-    from ranks import on_ranks
-
-    finite = on_ranks(1, stock_on_fault, str(tiny_model), folder=tmp_path, env={"VERL_FP16_DISABLE": "1"})
-    assert finite == [False]
+    assert stock_verl["fault"] is False
 
 
-def test_without_the_flag_weights_are_bit_identical_to_stock_verl(tiny_model, tmp_path):
-    import torch
-    from ranks import on_ranks
-
-    runs = []
-    for name, env in (("hooks", {}), ("stock", {"VERL_FP16_DISABLE": "1"})):
-        folder = tmp_path / name
-        folder.mkdir()
-        runs.append(on_ranks(1, train_a_little, str(tiny_model), "fsdp2", "bfloat16", False, 3, folder=folder, env=env))
-    (with_hooks,), (stock,) = runs
+def test_without_the_flag_weights_are_bit_identical_to_stock_verl(one_rank, stock_verl):
+    with_hooks, stock = one_rank["no flag"], stock_verl["no flag"]
     assert all(torch.equal(a, b) for a, b in zip(with_hooks["shards"], stock["shards"], strict=True))
     assert with_hooks["metrics"] == stock["metrics"]
+    assert with_hooks["scaler"] == stock["scaler"] == "NoneType"
 
 
 def critic_and_reference(model: str, strategy: str) -> dict:
-    import torch
-
     from verl_fp16 import standalone
 
     def value_loss(model_output, data, dp_group=None):
@@ -237,11 +235,8 @@ def critic_and_reference(model: str, strategy: str) -> dict:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_critic_has_its_own_scaler_and_the_reference_none(tiny_model, tmp_path, strategy):
-    import torch
-    from ranks import on_ranks
-
-    (seen,) = on_ranks(1, critic_and_reference, str(tiny_model), strategy, folder=tmp_path)
+def test_critic_has_its_own_scaler_and_the_reference_none(one_rank, strategy):
+    seen = one_rank[f"roles {strategy}"]
     assert seen["critic_scaler"] == "LossScaler"
     assert seen["critic"]["loss_scale"] == [1024.0]
     assert seen["critic"]["grad_norm"] > 0
