@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -24,9 +25,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
         tie_word_embeddings=False,
         max_position_embeddings=128,
         eos_token_id=tokenizer.eos_token_id,
@@ -38,11 +39,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test's tier is the folder it is in."""
+    """A test's tier is the folder it is in; the tier gpu is skipped without CUDA."""
     tests = Path(__file__).parent
-    for item in items:
-        tier = Path(item.path).relative_to(tests).parts[0]
+    tiers = [Path(item.path).relative_to(tests).parts[0] for item in items]
+    for item, tier in zip(items, tiers, strict=True):
         item.add_marker(getattr(pytest.mark, tier))
+        if tier == "gpu" and not _cuda():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@functools.cache
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -13,7 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-SHORT = ("trainer.total_training_steps=3", "data.train_batch_size=4", "trainer.val_before_train=false")
+SHORT = (
+    "trainer.total_training_steps=3",
+    "data.train_batch_size=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
+    "trainer.val_before_train=false",
+)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:

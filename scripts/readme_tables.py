@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Write the README's tables of measurements from the files under benchmarks/results, or check that they are current.
+
+python scripts/readme_tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+_ROWS = {
+    "fp16": "`+precision=fp16`",
+    "bf16": "`+precision=bf16`",
+    "documented keys (fsdp_config.dtype=float16, rollout.dtype=float16)": (
+        "verl's documented FP16 keys, without this package"
+    ),
+    "fp32": "`+precision=fp32`",
+}
+
+
+def _interval(value: dict, form: str) -> str:
+    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+
+
+def gap_table() -> str:
+    """The gap of each precision pair, from ``gap-cpu.json``."""
+    result = json.loads((RESULTS / "gap-cpu.json").read_text())
+    lines = [
+        "| what is set | actor really computes in | rollout | mean \\|Δ log p\\|, nats [95%] | k3, nats [95%] |",
+        "|---|---|---|---|---|",
+    ]
+    for name, label in _ROWS.items():
+        pair = result["pairs"][name]
+        dtypes = (pair["training_autocast"], pair["rollout_dtype"])
+        train, rollout = (dtype.removeprefix("torch.") for dtype in dtypes)
+        gap, k3 = _interval(pair["mean_abs_dlogp"], ".2e"), _interval(pair["k3"], ".1e")
+        lines.append(f"| {label} | {train} | {rollout} | {gap} | {k3} |")
+    factor = result["factors"]["bf16 over fp16"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines += [
+        "",
+        f"BF16 over FP16: {_interval(factor['mean_abs_dlogp'], '.1f')} in |Δ log p|, "
+        f"{_interval(factor['k3'], '.0f')} in k3. {result['tokens']:,} tokens with an entropy of at least "
+        f"{result['entropy_floor_nats']} nats out of {result['answer_tokens']:,} in {result['answers']:,} answers "
+        f"(mean entropy {result['mean_entropy_nats']:.2f} "
+        f"nats); {result['date']}, {result['machine']}; {versions}.",
+    ]
+    return "\n".join(lines)
+
+
+def _accuracy(run: dict, when: str) -> str:
+    return f"{run[f'accuracy_{when}']:.1%} ± {run[f'accuracy_{when}_standard_error']:.1%}"
+
+
+def quickstart_table() -> str:
+    """Validation accuracy before and after, from ``quickstart-cpu.json``."""
+    result = json.loads((RESULTS / "quickstart-cpu.json").read_text())
+    lines = [
+        "| precision | seed | validation accuracy before | after 30 steps | mean \\|Δ log p\\| | mean \\|π − μ\\| "
+        "| skipped | time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in result["runs"]:
+        before, after = (_accuracy(run, when) for when in ("before", "after"))
+        skipped = "-" if run["skipped_steps"] is None else run["skipped_steps"]
+        lines.append(
+            f"| {run['precision']} | {run['seed']} | {before} | {after} | {run['log_prob_gap_mean']:.2e} | "
+            f"{run['prob_gap_mean']:.2e} | {skipped} | {run['seconds'] // 60:.0f} min {run['seconds'] % 60:02.0f} s |"
+        )
+    return "\n".join([*lines, "", f"{result['date']}, {result['machine']}."])
+
+
+TABLES = {"gap": gap_table, "quickstart": quickstart_table}
+
+
+def render(text: str) -> str:
+    """``text`` with every generated block replaced by what the result files say.
+
+    Raises:
+        ValueError: a block is missing.
+    """
+    for name, table in TABLES.items():
+        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+        block = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+        if not block.search(text):
+            raise ValueError(f"README.md has no block {begin} ... {end}")
+        content = f"{begin}\n{table()}\n{end}"
+        text = block.sub(lambda _, content=content: content, text)
+    return text
+
+
+def main() -> int:
+    before = README.read_text()
+    after = render(before)
+    if "--check" in sys.argv[1:]:
+        if after != before:
+            print("README.md is stale: run scripts/readme_tables.py", file=sys.stderr)
+            return 1
+        return 0
+    README.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
