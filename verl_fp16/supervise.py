@@ -302,6 +302,7 @@ class _Tree:
                 # A process may start another and end between our look for children and our look at it: look twice.
                 empty_rounds = 0 if alive else empty_rounds + 1
                 if empty_rounds == 2:
+                    self._reap_rest()
                     return []
                 if sig == signal.SIGINT:
                     if main.returncode is not None:
@@ -318,6 +319,16 @@ class _Tree:
                     break
                 time.sleep(0.02 if len(alive) < 20 else 0.1)
         return alive
+
+    def _reap_rest(self, patience_s: float = 2.0) -> None:
+        """Reap what ended under a parent that has ended since: its zombie comes to us a moment after that."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            self.scan()
+            waiting = [p for p in self._owned if p.pid != self._main_pid and p.is_running()]
+            if not waiting or time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
 
 
 class _Growth:

@@ -63,6 +63,7 @@ def train(
             f"hydra.run.dir={folder / 'hydra'}",
             f"actor_rollout_ref.model.path={model}",
             f"critic.model.path={model}",
+            f"reward.custom_reward_function.path={Path(__file__).parent / 'reward.py'}",
             f"trainer.total_training_steps={steps}",
             f"+ray_kwargs.ray_init._temp_dir={ray_dir}",
             *overrides,

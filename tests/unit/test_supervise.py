@@ -349,3 +349,25 @@ def test_telling_lines_stay_small(tmp_path):
     assert len(lines) == 1 and lines[0].startswith("ValueError: yyy") and len(lines[0]) == 300
     log.write_text("\n".join(f"line {i}" for i in range(100)))
     assert telling_lines(log, 2) == ["line 98", "line 99"]
+
+
+def test_a_zombie_whose_parent_was_killed_is_reaped(tmp_path):
+    """A worker that ends under a daemon that does not wait for it becomes ours only when the daemon is killed."""
+    daemon = (
+        "import os, signal, subprocess, sys, time\n"
+        "os.setsid(); signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "subprocess.Popen([sys.executable, '-c', 'pass'])\n"
+        "open(sys.argv[1], 'w').write('up'); time.sleep(300)\n"
+    )
+    command = (
+        "import subprocess, sys, time, pathlib\n"
+        f"subprocess.Popen([sys.executable, '-c', {daemon!r}, sys.argv[1]])\n"
+        "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n"
+        "time.sleep(1)\n"
+    )
+    before = set(psutil.Process().children())
+    result = run_supervised(
+        [sys.executable, "-c", command, str(tmp_path / "up")], log_path=tmp_path / "log", end_grace_s=0.5
+    )
+    assert result.ok, result.cause
+    assert set(psutil.Process().children()) - before == set()
