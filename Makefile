@@ -13,7 +13,8 @@ $(STAMP): pyproject.toml scripts/setup_env.py scripts/cpu-overrides.txt
 
 # PRECISION=bf16 runs the twin; OVERRIDES="key=value ..." passes Hydra overrides on; SEED=2 another seed.
 quickstart: $(STAMP)
-	$(PY) -m verl_fp16.quickstart $(if $(PRECISION),--precision $(PRECISION)) $(if $(SEED),--seed $(SEED)) -- $(OVERRIDES)
+	@OVERRIDES='$(subst ','\'',$(value OVERRIDES))' $(PY) -m verl_fp16.quickstart \
+		$(if $(PRECISION),--precision '$(PRECISION)') $(if $(SEED),--seed '$(SEED)')
 
 test: $(STAMP) lint
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -30,6 +30,17 @@ def shared_memory_files(folder: Path) -> dict[str, int]:
     return files
 
 
+def other_run_is_alive(variable: str, mine: str) -> bool:
+    """Whether some process carries environment ``variable`` with another value than ``mine``."""
+    prefix = f"{variable}=".encode()
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if any(entry.startswith(prefix) and entry != prefix + mine.encode() for entry in entries):
+                return True
+    return False
+
+
 def remove_shared_memory(folder: Path, before: Mapping[str, int]) -> list[str]:
     """Remove shared-memory files that are not in `before` and that no live process uses; return their names."""
     fresh = {name for name, inode in shared_memory_files(folder).items() if before.get(name) != inode}

@@ -1,7 +1,7 @@
 """Dynamic loss scaling for sharded training, in pure torch.
 
-The interface is that of :class:`torch.amp.GradScaler` (``scale``, ``unscale_``, ``step``, ``update``), so that code
-written for torch's scaler drives this one. Differences, each for a reason:
+The methods that a loop calls are those of :class:`torch.amp.GradScaler`: ``scale`` (of one tensor), ``unscale_``,
+``step``, ``update``; so verl's loop, written for torch's scaler, drives this one. Differences, each for a reason:
 
 * The device is a parameter: ``ShardedGradScaler`` is made for CUDA and disables itself elsewhere.
 * ``found_inf`` is agreed with MAX over all ranks, and the skip is decided on the host before the optimizer is called:
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from verl_fp16.settings import LossScaleSettings
+from verl_fp16.settings import LARGEST_SCALE, LossScaleSettings
 
 
 def local_gradients(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
@@ -66,6 +66,7 @@ class LossScaler:
         self._device = torch.device(device)
         self._process_group = process_group
         self._found_inf: torch.Tensor | None = None
+        self._stepped = False
         self._inverse_scales: dict[torch.device, torch.Tensor] = {}
         self._reported_skips = 0
 
@@ -118,9 +119,15 @@ class LossScaler:
 
         Returns:
             what the optimizer returned; None when the step was skipped.
+
+        Raises:
+            RuntimeError: called twice without :meth:`update` between.
         """
+        if self._stepped:
+            raise RuntimeError("step() has already been called since the last update()")
         if self._found_inf is None:
             self.unscale_(optimizer)
+        self._stepped = True
         self.last_step_skipped = bool(self._found_inf.item() > 0)
         if self.last_step_skipped:
             self.skipped_total += 1
@@ -134,9 +141,9 @@ class LossScaler:
         Raises:
             RuntimeError: called without a :meth:`step` before.
         """
-        if self._found_inf is None:
+        if not self._stepped:
             raise RuntimeError("update() was called without step()")
-        self._found_inf = None
+        self._found_inf, self._stepped = None, False
         settings = self.settings
         before = self.scale_value
         if self.last_step_skipped:
@@ -147,7 +154,7 @@ class LossScaler:
             if self.growth_tracker >= settings.growth_interval:
                 # A scale that float32 cannot hold would turn every gradient into inf.
                 grown = self.scale_value * settings.growth_factor
-                self.scale_value = grown if grown <= torch.finfo(torch.float32).max else self.scale_value
+                self.scale_value = grown if grown <= LARGEST_SCALE else self.scale_value
                 self.growth_tracker = 0
         if self.scale_value != before:
             self._inverse_scales.clear()

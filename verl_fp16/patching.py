@@ -163,14 +163,15 @@ class Patcher:
                 sys.meta_path.insert(0, self._finder)
             for name in pending:
                 module = sys.modules.get(name)
+                # The import that is under way is beyond the finder's reach: require() comes back to it.
                 if module is not None and not _is_importing(module):
                     self.module_imported(module)
 
     def module_imported(self, module: ModuleType) -> None:
-        """Wrap the targets that live in ``module``."""
+        """Wrap the targets that live in ``module``, whose body has just run, for the first time or anew."""
         with self._lock:
             for state in self._states:
-                if state.status == "pending" and state.hook.target.module == module.__name__:
+                if state.hook.target.module == module.__name__:
                     self._apply_one(state, module)
 
     def _apply_one(self, state: _State, module: ModuleType) -> None:
@@ -179,19 +180,20 @@ class Patcher:
                 state.undo = _wrap_attribute(state.hook, module)
             else:
                 state.undo = import_object(state.hook.wrapper)(module)
-        except (PatchError, ImportError, AttributeError, TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  without the flag, no failure of ours may come out of verl's import
             state.status, state.error = "failed", f"{type(error).__name__}: {error}"
             if self._strict:
                 raise PatchError(state.error) from error
         else:
-            state.status = "applied"
+            state.status, state.error = "applied", ""
 
     def wants(self, module: str) -> bool:
-        """Whether a hook waits for the import of ``module``."""
-        return any(state.status == "pending" and state.hook.target.module == module for state in self._states)
+        """Whether a hook is for ``module``. Also one that was applied or failed: the module may be imported anew."""
+        return any(state.hook.target.module == module for state in self._states)
 
     def require(self) -> None:
         """Raise :class:`PatchError` if a hook could not be put in place, now or later in this process."""
+        self.apply()
         with self._lock:
             self._strict = True
             failed = [state.error for state in self._states if state.status == "failed"]

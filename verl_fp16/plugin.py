@@ -31,8 +31,8 @@ def not_loaded() -> PluginNotActive:
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "(unset)")
     return PluginNotActive(
         "the verl_fp16 precision flag is set, but verl did not load the plugin in this process. Check "
-        f"VERL_USE_EXTERNAL_PLUGINS={policy}: it must be unset, 'auto', or name verl_fp16. On a verl below 0.9 set "
-        "VERL_USE_EXTERNAL_MODULES=verl_fp16.plugin."
+        f"VERL_USE_EXTERNAL_PLUGINS={policy}: must be unset, 'auto', or name verl_fp16 (on a CPU verl_fp16_cpu too). "
+        "On a verl below 0.9 set VERL_USE_EXTERNAL_MODULES=verl_fp16.plugin."
     )
 
 
@@ -70,6 +70,7 @@ def require_active() -> None:
             f"the verl_fp16 precision flag is set, but {DISABLE_VAR}={os.environ[DISABLE_VAR]} switches verl_fp16 off. "
             f"Unset {DISABLE_VAR}, or drop the flag."
         )
+    install()
     if _error is not None:
         raise PluginNotActive(
             f"the verl_fp16 precision flag is set, but the plugin could not be put in place in process {os.getpid()}: "

@@ -13,6 +13,9 @@ from typing import Any
 
 DTYPES = ("float16", "bfloat16", "float32")
 
+# Both the scale and its reciprocal have to be ordinary float32 numbers.
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**100
+
 
 class SettingsError(ValueError):
     """A setting is unknown, of the wrong type or out of range; the message names the key and the fix."""
@@ -28,6 +31,8 @@ class LossScaleSettings:
         backoff_factor: the scale is multiplied by it after an overflow; between 0 and 1.
         growth_interval: updates in a row without overflow before the scale grows; >= 1.
         min: the scale never falls below it; > 0.
+
+    ``init`` and ``min`` lie between 2^-100 and 2^100, so that the scale and its reciprocal are ordinary in float32.
     """
 
     init: float = 65536.0
@@ -42,9 +47,13 @@ class LossScaleSettings:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise SettingsError(f"loss_scale.{name} must be a finite number, got {value!r}")
         if isinstance(self.growth_interval, bool) or not isinstance(self.growth_interval, int):
-            raise SettingsError(f"loss_scale.growth_interval must be a whole number, got {self.growth_interval!r}")
-        if not self.min > 0:
-            raise SettingsError(f"loss_scale.min must be above 0, got {self.min}")
+            raise SettingsError(
+                f"loss_scale.growth_interval must be an integer without point or exponent, got {self.growth_interval!r}"
+            )
+        if not self.min >= SMALLEST_SCALE:
+            raise SettingsError(f"loss_scale.min must be at least {SMALLEST_SCALE:g}, got {self.min}")
+        if self.init > LARGEST_SCALE:
+            raise SettingsError(f"loss_scale.init must be at most {LARGEST_SCALE:g}, got {self.init}")
         if not self.init >= self.min:
             raise SettingsError(f"loss_scale.init must be at least loss_scale.min ({self.min}), got {self.init}")
         if not self.growth_factor > 1:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from verl_fp16.leftovers import remove_shared_memory, shared_memory_files
+from verl_fp16.leftovers import other_run_is_alive, remove_shared_memory, shared_memory_files
 from verl_fp16.run_log import telling_lines
 
 CRITICAL: tuple[str, ...] = (
@@ -160,7 +160,9 @@ def run_supervised(
             # Ending the run makes it log errors of its own, which are not the reason.
             quoted = telling_lines(log) if cause is not None else []
             left = tree.end(process, end_grace_s, hurry=lambda: len(noted) > 1)
-            removed = remove_shared_memory(Path(shm_dir), shm_before)
+            # Beside another run, what nobody has open just now may be that run's.
+            if not other_run_is_alive(_RUN_MARK, tree.mark):
+                removed = remove_shared_memory(Path(shm_dir), shm_before)
         if on_tick is not None and not noted:
             on_tick()
     if noted:

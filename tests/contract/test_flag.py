@@ -135,6 +135,9 @@ def test_a_recipe_names_the_group_in_its_defaults(tmp_path):
         ("+verl_fp16.los_scale.init=3", "did you mean verl_fp16.loss_scale?"),
         ("verl_fp16.loss_scale.init=0.1", "loss_scale.init must be at least"),
         ("verl_fp16.train_dtype=fp17", "train_dtype must be one of"),
+        ("verl_fp16.loss_scale=null", "verl_fp16.loss_scale must be a mapping, got None"),
+        ("verl_fp16.loss_scale=3", "verl_fp16.loss_scale must be a mapping, got 3"),
+        ("verl_fp16=3", "verl_fp16 must be a mapping, got 3"),
     ),
 )
 def test_wrong_settings_are_refused_by_name(override, message):
@@ -142,6 +145,56 @@ def test_wrong_settings_are_refused_by_name(override, message):
     with pytest.raises(SettingsError) as caught:
         driver.read_settings(config)
     assert message in str(caught.value)
+
+
+MIXED = "actor_rollout_ref.actor.fsdp_config.mixed_precision"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    (
+        (f"~{MIXED}.verl_fp16", f"{MIXED}.verl_fp16 was removed by an override: the actor"),
+        (f"{MIXED}.verl_fp16=null", f"{MIXED}.verl_fp16 was removed"),
+        (f"{MIXED}=null", f"{MIXED} was removed"),
+        ("~critic.fsdp.mixed_precision", "critic.fsdp.mixed_precision was removed by an override: the critic"),
+        ("actor_rollout_ref.actor.fsdp_config.model_dtype=fp16", "Set actor_rollout_ref.actor.fsdp_config.model_dtype"),
+    ),
+)
+def test_a_role_that_is_cut_off_from_the_flag_is_refused(override, message):
+    config = composed("+precision=fp16", override, resolve=False)
+    with pytest.raises(SettingsError) as caught:
+        driver.check_before_start(lambda _: None)(config)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "modules"),
+    (
+        ("actor_rollout_ref.model.external_lib=mine", ["mine", "verl_fp16.required"]),
+        ("actor_rollout_ref.model.external_lib=[a,b]", ["a", "b", "verl_fp16.required"]),
+        ("actor_rollout_ref.model.external_lib=null", ["verl_fp16.required"]),
+        ("actor_rollout_ref.model.external_lib=[verl_fp16.required,b]", ["verl_fp16.required", "b"]),
+    ),
+)
+def test_the_tripwire_stays_whatever_external_lib_is_set_to(override, modules):
+    config = composed("+precision=fp16", override, resolve=False)
+    driver.check_before_start(lambda _: None)(config)
+    assert config.actor_rollout_ref.model.external_lib == modules
+    assert config.critic.model.external_lib == "verl_fp16.required"
+
+
+def test_verls_sft_trainer_refuses_the_group():
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("sft_trainer_engine", overrides=["+precision=fp16"])
+    with pytest.raises(SettingsError, match="PPO entry points"):
+        driver.check_before_start(lambda _: None)(config)
+
+
+def test_without_the_group_nothing_is_checked_nor_changed():
+    config = composed("actor_rollout_ref.model.external_lib=mine", resolve=False)
+    before = OmegaConf.to_yaml(config)
+    driver.check_before_start(lambda _: None)(config)
+    assert OmegaConf.to_yaml(config) == before
 
 
 def launch(*overrides: str, **env: str) -> tuple[int, str]:

@@ -55,7 +55,7 @@ def assert_all_gone(started: set[psutil.Process]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    ((("trainer.total_steps=3",), "total_steps"), (("precision=fp17",), "fp17")),
+    ((("trainer.total_steps=3",), "total_steps"), (("verl_fp16.loss_scale.init=-1",), "loss_scale.init")),
 )
 def test_a_wrong_override_ends_it_before_anything_is_made(tmp_path, arguments, message):
     process = start(tmp_path / "out", *arguments)

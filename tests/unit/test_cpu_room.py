@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -72,7 +73,8 @@ def test_entropy_and_log_probs_of_verl_are_float32_under_autocast(float32_softma
 
 def test_the_choice_reaches_the_run_environment_and_spares_what_the_user_set(monkeypatch):
     for name in ("VERL_PLATFORM", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "restored at the end")
+        monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     config = OmegaConf.create(
         {
@@ -104,3 +106,19 @@ def test_vllm_cpu_is_found_as_vllm_in_a_process_that_chose_the_cpu():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
     assert out[:4] == ["missing", "True vllm", "0", "True"]
+
+
+@pytest.mark.parametrize("broken", ("verl_fp16.cpu.autocast", "verl_fp16.cpu.wrappers", "verl_fp16.cpu.platform"))
+def test_a_broken_room_is_an_error_with_its_cause_where_the_cpu_was_chosen(broken):
+    """verl swallows a plugin's error; without this the process would go on on another device."""
+    code = (
+        f"import sys; sys.modules[{broken!r}] = None\n"
+        "import verl\n"
+        "from verl.utils.device import get_device_name\n"
+        "print('device', get_device_name())\n"
+    )
+    env = {**os.environ, "VERL_PLATFORM": "cpu"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert process.returncode != 0, process.stdout
+    assert "CpuRoomNotActive" in process.stderr
+    assert broken in process.stderr

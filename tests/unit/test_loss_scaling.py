@@ -135,11 +135,11 @@ def test_a_parameter_without_gradient_takes_no_part():
 
 
 def test_scale_stays_within_float32():
-    scaler = LossScaler(LossScaleSettings(init=2.0**127, growth_interval=1), "cpu")
+    scaler = LossScaler(LossScaleSettings(init=2.0**100, growth_interval=1), "cpu")
     parameter, optimizer = _model(0.0)
     for _ in range(3):
         _update(scaler, optimizer, parameter, overflow=False)
-    assert scaler.scale_value == 2.0**127
+    assert scaler.scale_value == 2.0**100
 
 
 def test_order_of_calls_is_checked():
@@ -151,3 +151,9 @@ def test_order_of_calls_is_checked():
     scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match="already been called"):
         scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="without step"):
+        scaler.update()
+    scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match="already been called"):
+        scaler.step(optimizer)
+    scaler.update()

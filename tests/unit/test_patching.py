@@ -148,6 +148,51 @@ def test_once_required_a_late_failure_is_raised_by_the_import(library, monkeypat
     patcher.undo()
 
 
+def test_a_second_import_after_a_late_failure_fails_too(library, monkeypatch):
+    patcher = _patcher(library, monkeypatch, "library:gone")
+    patcher.apply()
+    patcher.require()
+    for _ in range(2):
+        with pytest.raises(PatchError, match="library:gone"):
+            import library as module  # noqa: F401
+    patcher.undo()
+
+
+def test_a_module_that_is_executed_anew_is_wrapped_anew(library, monkeypatch):
+    import importlib
+
+    patcher = _patcher(library, monkeypatch, "library:free")
+    patcher.apply()
+    import library as module
+
+    assert module.free(1) == 20
+    assert importlib.reload(module).free(1) == 20
+    del sys.modules["library"]
+    import library as again
+
+    assert again is not module
+    assert again.free(1) == 20
+    patcher.undo()
+
+
+def test_applied_while_the_target_is_being_imported(library, monkeypatch):
+    """The finder comes too late for that import; require() sees to it that the hook is not left out."""
+    (library / "library.py").write_text("import starter\n" + LIBRARY)
+    (library / "starter.py").write_text("import holder; holder.patcher.apply()")
+    (library / "holder.py").write_text("patcher = None")
+    monkeypatch.syspath_prepend(str(library))
+    patcher = _patcher(library, monkeypatch, "library:free")
+    import holder
+
+    holder.patcher = patcher
+    import library as module
+
+    patcher.require()
+    assert module.free(1) == 20
+    assert patcher.status() == {"the.hook": "applied"}
+    patcher.undo()
+
+
 def test_two_hooks_of_one_name_are_refused():
     hook = Hook("same", Target("library:free"), "wrappers:times_ten", "why", "how")
     with pytest.raises(PatchError, match="not unique"):

@@ -28,6 +28,8 @@ def test_wrong_node_is_refused_by_name(node, message):
     ("name", "value"),
     (
         ("init", float("nan")),
+        ("init", 1e39),
+        ("min", 1e-40),
         ("init", "big"),
         ("init", True),
         ("init", 0.5),

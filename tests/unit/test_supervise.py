@@ -371,3 +371,20 @@ def test_a_zombie_whose_parent_was_killed_is_reaped(tmp_path):
     )
     assert result.ok, result.cause
     assert set(psutil.Process().children()) - before == set()
+
+
+def test_shared_memory_is_left_alone_while_another_run_is_alive(tmp_path):
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    other = subprocess.Popen(sleep, env={**os.environ, "VERL_FP16_RUN_ID": "another"})
+    try:
+        make = [sys.executable, "-c", f"open({str(shm / 'psm_whose')!r}, 'w').write('x')"]
+        assert run_supervised(make, log_path=tmp_path / "log", shm_dir=shm).removed_shm == ()
+        assert (shm / "psm_whose").exists()
+    finally:
+        other.kill()
+        other.wait()
+    assert run_supervised(make, log_path=tmp_path / "log", shm_dir=shm).removed_shm == ()
+    (shm / "psm_whose").unlink()
+    assert run_supervised(make, log_path=tmp_path / "log", shm_dir=shm).removed_shm == ("psm_whose",)

@@ -1,4 +1,4 @@
-"""CPU autocast with CUDA's numerics where RL depends on them.
+"""Softmax, log-softmax and logsumexp in FP32 under CPU autocast, as under CUDA autocast.
 
 CUDA autocast runs softmax, log-softmax and logsumexp in FP32 (torch's list of operations that autocast to float32);
 CPU autocast leaves them in half precision, and with them log-probabilities, entropy and the loss, whose rounding then

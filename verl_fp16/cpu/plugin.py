@@ -1,6 +1,8 @@
 """What verl loads for the CPU room: its own entry point in ``verl.plugins``, so that it works without the FP16 hooks.
 
-The driver chooses the CPU when ``trainer.device=cpu``; every other process when its environment says so.
+The driver chooses the CPU when ``trainer.device=cpu``; every other process when its environment says so. verl swallows
+an error that is raised here, and a process that goes on without the room would run on another device. So where the CPU
+was chosen, the error is kept and raised at the first use of verl's platform.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ DRIVER_HOOKS: tuple[Hook, ...] = (
 patcher = Patcher(DRIVER_HOOKS)
 
 
+class CpuRoomNotActive(RuntimeError):
+    """This process was told to run on the CPU, and the adjustments for it could not be put in place."""
+
+
 def choose_cpu_if_configured(original: Callable[[Any], None]) -> Callable[[Any], None]:
     def auto_set_device(config: Any) -> None:
         if choice.chosen_by_config(config):
@@ -40,10 +46,27 @@ def choose_cpu_if_configured(original: Callable[[Any], None]) -> Callable[[Any],
 def install() -> None:
     """Put what this process needs in place. Idempotent."""
     patcher.apply()
-    if choice.chosen_by_environment():
+    if not choice.chosen_by_environment():
+        return
+    try:
         from verl_fp16.cpu.activate import activate
 
         activate()
+    except Exception as error:  # noqa: BLE001  verl would log whatever it is at DEBUG and train elsewhere
+        _fail_at_first_use(error)
+
+
+def _fail_at_first_use(error: Exception) -> None:
+    from verl.plugin.platform import platform_manager
+
+    class BrokenPlatform(platform_manager.PlatformBase):
+        def __new__(cls) -> Any:
+            raise CpuRoomNotActive(
+                f"{choice.ENV_VAR}=cpu, but verl_fp16.cpu could not be put in place: {type(error).__name__}: {error}"
+            ) from error
+
+    platform_manager._current_platform = None
+    platform_manager.PlatformRegistry.register(platform="cpu")(BrokenPlatform)
 
 
 install()

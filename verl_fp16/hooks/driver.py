@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from verl_fp16 import plugin
 from verl_fp16.settings import Settings, SettingsError
 
 NODE = "verl_fp16"
+TRIPWIRE = "verl_fp16.required"
+
+# Role -> its engine's configuration, in verl 0.9.1.
+ENGINES = {
+    "actor": "actor_rollout_ref.actor.fsdp_config",
+    "ref": "actor_rollout_ref.ref.fsdp_config",
+    "critic": "critic.fsdp",
+}
+MODELS = ("actor_rollout_ref.model", "critic.model")
 
 
 def check_before_start(original: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -21,6 +30,8 @@ def check_before_start(original: Callable[[Any], None]) -> Callable[[Any], None]
         if is_flag_given(config):
             plugin.require_active()
             read_settings(config)
+            check_roles(config)
+            keep_tripwire(config)
 
     return auto_set_device
 
@@ -36,10 +47,56 @@ def read_settings(config: DictConfig) -> Settings:
     Raises:
         SettingsError: an unknown key or an invalid value, by name.
     """
-    node = OmegaConf.to_container(config[NODE], resolve=True, throw_on_missing=True)
-    if not isinstance(node, dict):
+    node = config[NODE]
+    if not isinstance(node, DictConfig):
         raise SettingsError(f"verl_fp16 must be a mapping, got {node!r}")
-    return Settings.from_node(node)
+    for name in ("loss_scale", "critic_loss_scale"):
+        # Checked before interpolations are resolved, which would fail with another key's name.
+        if name in node and not isinstance(node._get_node(name), DictConfig) or node.get(name, 0) is None:
+            raise SettingsError(f"verl_fp16.{name} must be a mapping, got {node.get(name)!r}")
+    return Settings.from_node(OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
+
+
+def check_roles(config: DictConfig) -> None:
+    """See that what the workers need still reaches every role.
+
+    Raises:
+        SettingsError: another entry point than PPO's, or a role that an override has cut off from the flag.
+    """
+    if OmegaConf.select(config, "actor_rollout_ref.actor._target_") is None:
+        raise SettingsError(
+            "the groups precision=... are for verl's PPO entry points (main_ppo and others); this configuration has no "
+            "actor, so nothing would read them. Drop the group here."
+        )
+    for role, key in ENGINES.items():
+        if OmegaConf.select(config, key) is None:
+            continue
+        mixed_precision = OmegaConf.select(config, f"{key}.mixed_precision")
+        if mixed_precision is None or mixed_precision.get(NODE) is None:
+            raise SettingsError(
+                f"{key}.mixed_precision{'' if mixed_precision is None else '.' + NODE} was removed by an override: the "
+                f"{role} would train without this package's loss scaler or in another dtype. Drop that override; to "
+                "choose other dtypes use another precision=..., or override single keys of mixed_precision."
+            )
+        model_dtype = OmegaConf.select(config, f"{key}.model_dtype")
+        if model_dtype not in ("fp32", "float32"):
+            raise SettingsError(
+                f"{key}.model_dtype={model_dtype} would keep the {role}'s master weights in less than float32. "
+                f"Set {key}.model_dtype=fp32."
+            )
+
+
+def keep_tripwire(config: DictConfig) -> None:
+    """Add :mod:`verl_fp16.required` to the modules that verl imports in every worker, whatever the user put there."""
+    for key in MODELS:
+        model = OmegaConf.select(config, key)
+        if model is None:
+            continue
+        theirs = model.get("external_lib")
+        modules = list(theirs) if isinstance(theirs, ListConfig | list | tuple) else [theirs] if theirs else []
+        if TRIPWIRE not in modules:
+            with open_dict(model):
+                model.external_lib = [*modules, TRIPWIRE]
 
 
 def role_settings(role: str, *, _root_: DictConfig) -> DictConfig:

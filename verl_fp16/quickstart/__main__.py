@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from verl_fp16.leftovers import ray_temp_dir
 from verl_fp16.quickstart import report
 from verl_fp16.quickstart.progress import RunDisplay
+from verl_fp16.settings import SettingsError
 from verl_fp16.supervise import RunResult, run_supervised
 
 RECIPE = "quickstart"
@@ -24,7 +27,11 @@ FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 # What a run takes on 2 cores, for the time left until steps have been measured.
 _START_UP_S, _STEP_S, _VALIDATION_S = 130, 6, 9
-_TIMEOUT_S, _STALL_S = 3600, 300
+_STALL_S = 300
+
+
+class WrongInput(ValueError):
+    """An option or an override that cannot work; the message names it and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +60,27 @@ class Plan:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the quickstart; returns the exit code (0 done, 1 failed, 2 wrong input, 130 interrupted)."""
-    options = _parse(arguments)
-    console = Console()
     try:
-        plan = make_plan(options.precision, options.seed, options.output, options.overrides)
-    except ValueError as error:
+        return _run(_parse(arguments), Console())
+    except KeyboardInterrupt:
+        print("quickstart: interrupted; everything that was started has been ended", file=sys.stderr)
+        return INTERRUPTED
+    except (WrongInput, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return WRONG_INPUT
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    plan = make_plan(options.precision, options.seed, options.output, options.overrides)
     started = time.monotonic()
+    from verl_fp16.quickstart.base_model import BaseAccuracyError
+
     try:
         base = make_base(plan, console)
-        result = train(plan, console)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; everything that was started has been ended, the log is {plan.log}")
-        return INTERRUPTED
+    except BaseAccuracyError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return FAILED
+    result = train(plan, console)
     return finish(plan, base, result, time.monotonic() - started, console)
 
 
@@ -75,46 +89,98 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="fp16", help="a name of the group precision (default: fp16)")
     parser.add_argument("--seed", type=int, default=1, help="seed of base model, data and sampling (default: 1)")
     parser.add_argument("--output", type=Path, help="folder for everything that is made (default: outputs/quickstart)")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, passed on to verl")
-    return parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, passed on to verl; also from $OVERRIDES")
+    options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"argument --seed: must be between 0 and {2**32 - 1}, got {options.seed}")
+    try:
+        options.overrides += shlex.split(os.environ.get("OVERRIDES", ""))
+    except ValueError as error:
+        parser.error(f"$OVERRIDES: {error}")
+    return options
 
 
 def make_plan(precision: str, seed: int, output: Path | None, overrides: Sequence[str]) -> Plan:
     """Compose the configuration as verl's launcher will, so that a wrong override ends the run before it starts.
 
     Raises:
-        ValueError: with Hydra's message.
+        WrongInput: naming the option or key.
     """
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     suffix = "" if precision == "fp16" else f"-{precision}"
     folder = (output or Path("outputs") / f"quickstart{suffix}").resolve()
-    mine = [
-        f"precision={precision}",
-        f"quickstart_dir={folder}",
-        f"data.seed={seed}",
-        f"actor_rollout_ref.rollout.seed={seed}",
-        f"hydra.run.dir={folder / 'hydra'}",
-    ]
-    everything = (*mine, *overrides)
+    mine = {
+        "precision": precision,
+        "quickstart_dir": _quoted(folder),
+        "data.seed": seed,
+        "actor_rollout_ref.rollout.seed": seed,
+        "hydra.run.dir": _quoted(folder / "hydra"),
+    }
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in mine:
+            option = {
+                "precision": "--precision (PRECISION=...)",
+                "quickstart_dir": "--output",
+                "hydra.run.dir": "--output",
+            }
+            raise WrongInput(f"{key} is not to be overridden here: use {option.get(key, '--seed (SEED=...)')}")
+    everything = (*(f"{key}={value}" for key, value in mine.items()), *overrides)
     try:
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose(RECIPE, overrides=list(everything))
-    except HydraException as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        return Plan(precision, seed, folder, everything, *_check(config))
+    except (HydraException, OmegaConfBaseException, SettingsError) as error:
+        raise WrongInput(" ".join(str(error).split())) from None
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value of Hydra's override grammar.
+
+    Raises:
+        WrongInput: the path has a character that cannot be written there.
+    """
+    text = str(path)
+    if "\\" in text or "${" in text or "\n" in text:
+        raise WrongInput(f"the folder {text!r} has a character that Hydra cannot take: choose another with --output")
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _check(config: Any) -> tuple[int, int]:
+    """Training steps and validations of the composed configuration.
+
+    Raises:
+        WrongInput, SettingsError: a value that the run, its display or its report cannot do with.
+    """
+    import verl  # noqa: F401  loads the plugin, whose resolver the flag's values need
+    from omegaconf import OmegaConf
+
+    from verl_fp16.hooks.driver import read_settings
+
+    read_settings(config)
+    OmegaConf.to_container(config, resolve=True)
     trainer = config.trainer
-    validations = int(bool(trainer.val_before_train)) + (
-        -(-trainer.total_training_steps // trainer.test_freq) if trainer.test_freq > 0 else 0
-    )
-    return Plan(precision, seed, folder, everything, int(trainer.total_training_steps), validations)
+    steps, test_freq = trainer.total_training_steps, trainer.test_freq
+    if not isinstance(steps, int) or steps < 1:
+        raise WrongInput(f"trainer.total_training_steps must be an integer of at least 1, got {steps!r}")
+    if not isinstance(test_freq, int) or test_freq == 0:
+        raise WrongInput(f"trainer.test_freq must be an integer, -1 for no validation, got {test_freq!r}")
+    if not isinstance(trainer.get("val_before_train"), bool):
+        raise WrongInput(f"trainer.val_before_train must be true or false, got {trainer.get('val_before_train')!r}")
+    loggers = [trainer.logger] if isinstance(trainer.logger, str) else list(trainer.logger or ())
+    if "file" not in loggers:
+        raise WrongInput(f"trainer.logger must name 'file', which the display and the report read, got {loggers}")
+    return steps, int(trainer.val_before_train) + (-(-steps // test_freq) if test_freq > 0 else 0)
 
 
 def make_base(plan: Plan, console: Console) -> dict:
     """Stage 1: data, tokenizer and base model in ``plan.folder``; returns the base model's report."""
     from verl_fp16.quickstart import base_model, task
 
-    for name in ("metrics.jsonl", "summary.json", "training.png"):
+    for name in ("metrics.jsonl", "verl.log", "summary.json", "training.png"):
         # What an earlier run left must not be taken for this one's.
         with contextlib.suppress(FileNotFoundError):
             (plan.folder / name).unlink()
@@ -150,7 +216,7 @@ def train(plan: Plan, console: Console) -> RunResult:
     """Stages 2 and 3: verl's trainer, supervised."""
     with ray_temp_dir() as ray_dir:
         command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", RECIPE, *plan.overrides]
-        command.append(f"+ray_kwargs.ray_init._temp_dir={ray_dir}")
+        command.append(f"+ray_kwargs.ray_init._temp_dir={_quoted(ray_dir)}")
         env = {
             **os.environ,
             "VERL_FILE_LOGGER_PATH": str(plan.metrics),
@@ -172,7 +238,7 @@ def train(plan: Plan, console: Console) -> RunResult:
                 command,
                 log_path=plan.log,
                 env=env,
-                timeout_s=_TIMEOUT_S,
+                timeout_s=max(3600, 5 * plan.estimate_s),
                 stall_timeout_s=_STALL_S,
                 heartbeat_paths=[plan.metrics],
                 on_tick=display.tick,
@@ -203,9 +269,9 @@ def finish(plan: Plan, base: dict, result: RunResult, seconds: float, console: C
         console.print(f"quickstart failed: {result.cause}", markup=False, style="red")
         console.print(f"the whole log: {result.log_path}", markup=False)
         return FAILED
-    if summary["steps"] != plan.steps or summary["accuracy_after"] is None:
+    if summary["steps"] != plan.steps:
         console.print(
-            f"quickstart failed: verl ended after {summary['steps']} of {plan.steps} steps without an error; see "
+            f"quickstart failed: verl logged {summary['steps']} of {plan.steps} steps and ended without an error; see "
             f"{result.log_path}",
             markup=False,
         )
