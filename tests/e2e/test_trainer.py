@@ -11,6 +11,7 @@ import pytest
 from trainer import Run, train
 
 TWO_RANKS = ("trainer.n_gpus_per_node=2", "actor_rollout_ref.actor.use_kl_loss=true")
+CRITIC = ("algorithm.adv_estimator=gae", "critic.ppo_micro_batch_size_per_gpu=8", "critic.optim.lr=1e-4")
 FSDP1 = ("actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.actor.fsdp_config.strategy=fsdp")
 
 
@@ -83,9 +84,7 @@ def test_fsdp1_with_critic_and_reference(tiny_model, tmp_path):
         *FSDP1,
         "critic.strategy=fsdp",
         "critic.fsdp.strategy=fsdp",
-        "algorithm.adv_estimator=gae",
-        "critic.ppo_micro_batch_size_per_gpu=8",
-        "critic.optim.lr=1e-4",
+        *CRITIC,
         "verl_fp16.critic_loss_scale.init=4096",
         "actor_rollout_ref.actor.use_kl_loss=true",
         "trainer.save_freq=2",
@@ -113,6 +112,23 @@ def test_siblings_run(tiny_model, tmp_path, precision):
     check_nothing_left(run)
     assert "actor/loss_scale" not in run.step(2), "no scaler outside of FP16"
     assert run.step(2)["mismatch/left_out_tokens"] == 0
+
+
+@pytest.mark.slow
+def test_fsdp2_two_ranks_with_critic(tiny_model, tmp_path):
+    run = train(tmp_path, tiny_model, *CRITIC, "trainer.n_gpus_per_node=2")
+    check_nothing_left(run)
+    check_fp16_step(run.step(2))
+    assert run.step(2)["critic/loss_scale"] == 65536.0
+
+
+@pytest.mark.slow
+def test_fsdp1_two_ranks_with_reference_and_checkpoint(tiny_model, tmp_path):
+    run = train(tmp_path, tiny_model, *FSDP1, *TWO_RANKS, "trainer.save_freq=2")
+    check_nothing_left(run)
+    check_fp16_step(run.step(2))
+    check_gap(run.step(2))
+    assert (tmp_path / "checkpoints" / "global_step_2" / "actor").is_dir()
 
 
 @pytest.mark.slow

@@ -50,10 +50,11 @@ def read_settings(config: DictConfig) -> Settings:
     node = config[NODE]
     if not isinstance(node, DictConfig):
         raise SettingsError(f"verl_fp16 must be a mapping, got {node!r}")
+    unresolved = OmegaConf.to_container(node, resolve=False)
     for name in ("loss_scale", "critic_loss_scale"):
-        # Checked before interpolations are resolved, which would fail with another key's name.
-        if name in node and not isinstance(node._get_node(name), DictConfig) or node.get(name, 0) is None:
-            raise SettingsError(f"verl_fp16.{name} must be a mapping, got {node.get(name)!r}")
+        # Checked before interpolations (strings here) are resolved, which would fail with another key's name.
+        if not isinstance(unresolved.get(name, {}), dict | str):
+            raise SettingsError(f"verl_fp16.{name} must be a mapping, got {unresolved[name]!r}")
     return Settings.from_node(OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
 
 
