@@ -178,8 +178,11 @@ def _check(config: Any) -> tuple[int, int]:
 
 def make_base(plan: Plan, console: Console) -> dict:
     """Stage 1: data, tokenizer and base model in ``plan.folder``; returns the base model's report."""
+    from transformers.utils import logging as transformers_logging
+
     from verl_fp16.quickstart import base_model, task
 
+    transformers_logging.disable_progress_bar()  # one for a file of 5 MB, in the middle of ours
     for name in ("metrics.jsonl", "verl.log", "summary.json", "training.png"):
         # What an earlier run left must not be taken for this one's.
         with contextlib.suppress(FileNotFoundError):
@@ -208,6 +211,7 @@ def make_base(plan: Plan, console: Console) -> dict:
         f"{made.sampled_accuracy:.0%} of held-out sums (sampled), {made.greedy_accuracy:.0%} (greedy)",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     return asdict(made)
 
@@ -266,14 +270,15 @@ def finish(plan: Plan, base: dict, result: RunResult, seconds: float, console: C
     }
     report.write_summary(plan.folder / "summary.json", summary)
     if not result.ok:
-        console.print(f"quickstart failed: {result.cause}", markup=False, style="red")
-        console.print(f"the whole log: {result.log_path}", markup=False)
+        console.print(f"quickstart failed: {result.cause}", markup=False, style="red", soft_wrap=True)
+        console.print(f"the whole log: {result.log_path}", markup=False, soft_wrap=True)
         return FAILED
     if summary["steps"] != plan.steps:
         console.print(
             f"quickstart failed: verl logged {summary['steps']} of {plan.steps} steps and ended without an error; see "
             f"{result.log_path}",
             markup=False,
+            soft_wrap=True,
         )
         return FAILED
     picture = report.draw(metrics, plan.folder / "training.png", f"verl GRPO on sums, {plan.precision}")
