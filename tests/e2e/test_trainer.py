@@ -129,10 +129,3 @@ def test_fsdp1_two_ranks_with_reference_and_checkpoint(tiny_model, tmp_path):
     check_fp16_step(run.step(2))
     check_gap(run.step(2))
     assert (tmp_path / "checkpoints" / "global_step_2" / "actor").is_dir()
-
-
-@pytest.mark.slow
-def test_lora_on_fsdp1(tiny_model, tmp_path):
-    run = train(tmp_path, tiny_model, *FSDP1, "actor_rollout_ref.model.lora_rank=8")
-    check_nothing_left(run)
-    check_gap(run.step(2))

@@ -60,6 +60,8 @@ def stock_verl(tiny_model, tmp_path_factory) -> dict:
     calls = {
         "fault": ("stock_on_fault", model),
         "no flag": ("train_a_little", model, "fsdp2", "bfloat16", False, 3),
+        "adapter fsdp": ("exported_adapter_tensors", model, "fsdp"),
+        "adapter fsdp2": ("exported_adapter_tensors", model, "fsdp2"),
     }
     folder = tmp_path_factory.mktemp("stock")
     return on_ranks(1, run_calls, calls, folder=folder, env={"VERL_FP16_DISABLE": "1"})[0]
@@ -202,6 +204,20 @@ def test_without_the_flag_weights_are_bit_identical_to_stock_verl(one_rank, stoc
     assert all(torch.equal(a, b) for a, b in zip(with_hooks["shards"], stock["shards"], strict=True))
     assert with_hooks["metrics"] == stock["metrics"]
     assert with_hooks["scaler"] == stock["scaler"] == "NoneType"
+
+
+def exported_adapter_tensors(model: str, strategy: str) -> int:
+    from verl_fp16 import standalone
+
+    engine = standalone.build_engine(model, precision=None, strategy=strategy, lora_rank=8)
+    tensors, _ = engine.get_per_tensor_param(base_sync_done=True)
+    return len(list(tensors))
+
+
+def test_lora_needs_fsdp2_in_stock_verl(stock_verl):
+    """A limit that the README states: on FSDP1 verl 0.9.1 exports no adapter. If this fails, the limit has gone."""
+    assert stock_verl["adapter fsdp2"] > 0
+    assert stock_verl["adapter fsdp"] == 0
 
 
 def critic_and_reference(model: str, strategy: str) -> dict:
