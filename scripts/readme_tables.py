@@ -70,9 +70,10 @@ def quickstart_table() -> str:
     for run in result["runs"]:
         before, after = (_accuracy(run, when) for when in ("before", "after"))
         skipped = "-" if run["skipped_steps"] is None else run["skipped_steps"]
+        minutes, seconds = divmod(round(run["seconds"]), 60)
         lines.append(
             f"| {run['precision']} | {run['seed']} | {before} | {after} | {run['log_prob_gap_mean']:.2e} | "
-            f"{run['prob_gap_mean']:.2e} | {skipped} | {run['seconds'] // 60:.0f} min {run['seconds'] % 60:02.0f} s |"
+            f"{run['prob_gap_mean']:.2e} | {skipped} | {minutes} min {seconds:02d} s |"
         )
     return "\n".join([*lines, "", f"{result['date']}, {result['machine']}."])
 
