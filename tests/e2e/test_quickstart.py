@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from shared_memory import left_shared_memory
 
 SHORT = (
     "trainer.total_training_steps=3",
@@ -50,7 +50,7 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
 def assert_all_gone(started: set[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(list(started), timeout=5)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "verl_weights_"))]
+    assert left_shared_memory() == []
 
 
 @pytest.mark.parametrize(

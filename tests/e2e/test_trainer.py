@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import psutil
 import pytest
+from shared_memory import left_shared_memory
 from trainer import Run, train
 
 TWO_RANKS = ("trainer.n_gpus_per_node=2", "actor_rollout_ref.actor.use_kl_loss=true")
@@ -35,7 +35,7 @@ def check_nothing_left(run: Run) -> None:
     assert run.result.left_alive == ()
     mine = psutil.Process().children(recursive=True)
     assert [p for p in mine if "ray" in p.name() or "VLLM" in p.name()] == []
-    assert not [f for f in os.listdir("/dev/shm") if f.startswith(("psm_", "verl_weights_"))]
+    assert left_shared_memory() == []
 
 
 @pytest.fixture(scope="module")
