@@ -35,16 +35,16 @@ def test_a_listing_as_pip_prints_it():
     text = (
         ":env:.cert='/etc/ssl/ca.crt'\n"
         ":env:.default-timeout='180'\n"
-        ":env:.find-links='/opt/wheels'\n"
-        "global.extra-index-url='\\nfile:///opt/a/simple\\nhttps://b.example/simple'\n"
-        "global.find-links='/opt/other'\n"
+        ":env:.find-links='/srv/wheels'\n"
+        "global.extra-index-url='\\nfile:///srv/a/simple\\nhttps://b.example/simple'\n"
+        "global.find-links='/srv/other'\n"
         "install.no-index='true'\n"
     )
     assert setup_env.parse_settings(text) == {
         "cert": "/etc/ssl/ca.crt",
         "default-timeout": "180",
-        "find-links": "/opt/wheels",
-        "extra-index-url": "\nfile:///opt/a/simple\nhttps://b.example/simple",
+        "find-links": "/srv/wheels",
+        "extra-index-url": "\nfile:///srv/a/simple\nhttps://b.example/simple",
         "no-index": "true",
     }
 
@@ -94,12 +94,12 @@ def test_without_settings_only_the_backend_is_named():
 def test_extra_indexes_are_equal_to_the_first_and_may_be_folders():
     settings = {
         "index-url": "https://a.example/simple",
-        "extra-index-url": "\nhttps://b.example/simple\nfile:///opt/simple\nhttps://b.example/simple",
+        "extra-index-url": "\nhttps://b.example/simple\nfile:///srv/simple\nhttps://b.example/simple",
     }
     assert setup_env.sources(settings) == [
         *("--default-index", "https://a.example/simple"),
         *("--index", "https://b.example/simple"),
-        *("--index", "file:///opt/simple"),
+        *("--index", "file:///srv/simple"),
         *("--index-strategy", "unsafe-best-match"),
         *CPU_BACKEND,
     ]
