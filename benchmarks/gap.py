@@ -1,6 +1,8 @@
 """The training-inference gap of each precision pair on the same tokens, teacher-forced through both real sides.
 
-    python benchmarks/gap.py MODEL [--answers 4096] [--out benchmarks/results/gap-cpu.json]
+    python benchmarks/gap.py MODEL [--answers 4096] [--out outputs/gap.json]
+
+The README's table is made from ``benchmarks/results/gap-cpu.json`` (``scripts/readme_tables.py``).
 
 Rollout side: vLLM scores the tokens (``prompt_logprobs``) with the model loaded in its dtype. Training side: verl's
 FSDP engine, FP32 master weights, autocast and FSDP parameters in its dtype, the pass that computes old log-probs.
@@ -176,7 +178,7 @@ def main() -> None:
     parser.add_argument("--step", choices=("sample", "training", "rollout"), help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", metavar="MODEL", help="folder of the quickstart's base model")
     parser.add_argument("--answers", type=int, default=4096)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gap-cpu.json")
+    parser.add_argument("--out", type=Path, default=Path("outputs") / "gap.json")
     options = parser.parse_args()
     if options.step:
         model, *rest = options.arguments

@@ -113,4 +113,4 @@ def _from_mapping(kind: type, values: Any, key: str) -> Any:
     try:
         return kind(**values)
     except SettingsError as error:
-        raise SettingsError(f"{key}: {error}" if not str(error).startswith(key) else str(error)) from None
+        raise SettingsError(f"{key}.{str(error).removeprefix('loss_scale.')}") from None

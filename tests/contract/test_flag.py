@@ -190,6 +190,12 @@ def test_verls_sft_trainer_refuses_the_group():
         driver.check_before_start(lambda _: None)(config)
 
 
+def test_a_mistyped_flag_is_refused():
+    config = composed("+precison=fp16", resolve=False)
+    with pytest.raises(SettingsError, match="unknown key precison=fp16: did you mean .precision=fp16"):
+        driver.check_before_start(lambda _: None)(config)
+
+
 def test_without_the_group_nothing_is_checked_nor_changed():
     config = composed("actor_rollout_ref.model.external_lib=mine", resolve=False)
     before = OmegaConf.to_yaml(config)

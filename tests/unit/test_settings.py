@@ -11,11 +11,11 @@ from verl_fp16.settings import LossScaleSettings, Settings, SettingsError
     ("node", "message"),
     (
         ({"train_dtyp": "float16"}, "did you mean verl_fp16.train_dtype?"),
-        ({"train_dtype": "fp17"}, "train_dtype must be one of float16, bfloat16, float32, got 'fp17'"),
+        ({"train_dtype": "fp17"}, "verl_fp16.train_dtype must be one of float16, bfloat16, float32, got 'fp17'"),
         ({"loss_scale": {"grow_interval": 3}}, "did you mean verl_fp16.loss_scale.growth_interval?"),
         ({"loss_scale": {"xyz": 3}}, "known keys: init"),
         ({"loss_scale": 3}, "verl_fp16.loss_scale must be a mapping, got 3"),
-        ({"critic_loss_scale": {"init": -1.0}}, "verl_fp16.critic_loss_scale: loss_scale.init must be at least"),
+        ({"critic_loss_scale": {"init": -1.0}}, "verl_fp16.critic_loss_scale.init must be at least"),
     ),
 )
 def test_wrong_node_is_refused_by_name(node, message):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf, StringNode, open_dict
 
 from verl_fp16 import plugin
 from verl_fp16.settings import Settings, SettingsError
 
 NODE = "verl_fp16"
+GROUP = "precision"
 TRIPWIRE = "verl_fp16.required"
 
 # Role -> its engine's configuration, in verl 0.9.1.
@@ -32,6 +34,8 @@ def check_before_start(original: Callable[[Any], None]) -> Callable[[Any], None]
             read_settings(config)
             check_roles(config)
             keep_tripwire(config)
+        else:
+            refuse_mistyped_flag(config)
 
     return auto_set_device
 
@@ -39,6 +43,17 @@ def check_before_start(original: Callable[[Any], None]) -> Callable[[Any], None]
 def is_flag_given(config: Any) -> bool:
     """Whether one of the groups ``precision=...`` is in the configuration."""
     return isinstance(config, DictConfig) and config.get(NODE) is not None
+
+
+def refuse_mistyped_flag(config: Any) -> None:
+    """A flag with a slip in its name is a new key of nobody's to Hydra, and the run would be in BF16 without a word.
+
+    Raises:
+        SettingsError: naming the key and the flag.
+    """
+    for key in config if isinstance(config, DictConfig) else ():
+        if isinstance(config._get_node(key), StringNode | AnyNode) and get_close_matches(str(key), [GROUP], cutoff=0.8):
+            raise SettingsError(f"unknown key {key}={config[key]}: did you mean +{GROUP}={config[key]}?")
 
 
 def read_settings(config: DictConfig) -> Settings:

@@ -88,7 +88,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("verl_fp16.quickstart", description=__doc__)
     parser.add_argument("--precision", default="fp16", help="a name of the group precision (default: fp16)")
     parser.add_argument("--seed", type=int, default=1, help="seed of base model, data and sampling (default: 1)")
-    parser.add_argument("--output", type=Path, help="folder for everything that is made (default: outputs/quickstart)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for what is made; replaces an earlier run's results (default: outputs/quickstart...)",
+    )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, passed on to verl; also from $OVERRIDES")
     options = parser.parse_args(arguments)
     if not 0 <= options.seed < 2**32:
@@ -110,7 +114,7 @@ def make_plan(precision: str, seed: int, output: Path | None, overrides: Sequenc
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    suffix = "" if precision == "fp16" else f"-{precision}"
+    suffix = ("" if precision == "fp16" else f"-{precision}") + ("" if seed == 1 else f"-seed{seed}")
     folder = (output or Path("outputs") / f"quickstart{suffix}").resolve()
     mine = {
         "precision": precision,
@@ -192,7 +196,7 @@ def make_base(plan: Plan, console: Console) -> dict:
         TextColumn("1/3 base model"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("loss {task.fields[loss]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -200,11 +204,11 @@ def make_base(plan: Plan, console: Console) -> dict:
     if not console.is_terminal:
         console.print("[1/3 base model] training", highlight=False)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        row = bar.add_task("", total=None, loss=float("nan"))
+        row = bar.add_task("", total=None, loss="-")
         made = base_model.train_base_model(
             plan.folder / "model",
             plan.seed,
-            progress=lambda step, total, loss: bar.update(row, completed=step, total=total, loss=loss),
+            progress=lambda step, total, loss: bar.update(row, completed=step, total=total, loss=f"{loss:.3f}"),
         )
     console.print(
         f"[1/3 base model] {made.parameters / 1e6:.1f} M parameters, {made.seconds:.0f} s: right on "
