@@ -196,6 +196,11 @@ def test_a_mistyped_flag_is_refused():
         driver.check_before_start(lambda _: None)(config)
 
 
+@pytest.mark.parametrize("override", ("+precise=very", "+precisions=4", "+precision_note=fp16"))
+def test_a_key_of_the_users_own_is_not_taken_for_a_slip(override):
+    driver.check_before_start(lambda _: None)(composed(override, resolve=False))
+
+
 def test_without_the_group_nothing_is_checked_nor_changed():
     config = composed("actor_rollout_ref.model.external_lib=mine", resolve=False)
     before = OmegaConf.to_yaml(config)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf, StringNode, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from verl_fp16 import plugin
 from verl_fp16.settings import Settings, SettingsError
@@ -51,9 +52,13 @@ def refuse_mistyped_flag(config: Any) -> None:
     Raises:
         SettingsError: naming the key and the flag.
     """
-    for key in config if isinstance(config, DictConfig) else ():
-        if isinstance(config._get_node(key), StringNode | AnyNode) and get_close_matches(str(key), [GROUP], cutoff=0.8):
-            raise SettingsError(f"unknown key {key}={config[key]}: did you mean +{GROUP}={config[key]}?")
+    if not isinstance(config, DictConfig):
+        return
+    # Any other key is the user's own: what is refused has nearly the group's name, and one of its members as value.
+    members = [path.stem for path in (Path(plugin.__file__).parent / "conf" / GROUP).glob("*.yaml")]
+    for key, value in OmegaConf.to_container(config, resolve=False).items():
+        if value in members and key != GROUP and get_close_matches(str(key), [GROUP], cutoff=0.8):
+            raise SettingsError(f"unknown key {key}={value}: did you mean +{GROUP}={value}?")
 
 
 def read_settings(config: DictConfig) -> Settings:

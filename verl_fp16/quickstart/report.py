@@ -172,7 +172,7 @@ def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> P
         with open(descriptor, "w", encoding="utf-8") as out:
             out.write(text)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: no half-written file may stay behind
         os.unlink(temporary)
         raise
     return path
