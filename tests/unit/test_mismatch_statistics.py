@@ -66,3 +66,13 @@ def test_the_hook_acts_only_where_the_flag_was_resolved(monkeypatch):
     metrics = wrapped(SimpleNamespace(batch=batch))
     assert metrics["theirs"] == 1
     assert metrics["mismatch/log_prob_abs_diff_mean"] == 0.25, "the padding token does not count"
+
+
+@pytest.mark.parametrize("bad", (math.inf, -math.inf, math.nan))
+@pytest.mark.parametrize("side", ("rollout", "training"))
+def test_a_non_finite_token_of_either_side_is_counted_and_left_out(side, bad):
+    good, broken = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, bad])
+    rollout, training = (broken, good) if side == "rollout" else (good, broken)
+    metrics = gap_metrics(rollout, training, torch.ones(2))
+    assert metrics["mismatch/left_out_tokens"] == 1
+    assert metrics["mismatch/log_prob_abs_diff_mean"] == 0.5
