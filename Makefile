@@ -7,7 +7,7 @@ STAMP := .venv/.setup-done
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml scripts/setup_env.py scripts/cpu-overrides.txt
+$(STAMP): pyproject.toml scripts/setup_env.py scripts/verl_releases.py scripts/cpu-overrides.txt verl_fp16/releases.py
 	$(PYTHON) scripts/setup_env.py
 	@touch $@
 

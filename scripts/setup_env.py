@@ -3,7 +3,7 @@
 
 Uses nothing but the standard library. uv resolves and installs, and is told what pip is set up with: indexes, links,
 certificates, proxy. Where pip's links hold the CPU build of torch for this Python, uv takes that one, elsewhere the one
-in PyTorch's own index (``--torch-backend``).
+in PyTorch's own index (``--torch-backend``). The wheels of every supported verl are fetched too, for the tests.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def main() -> int:
     command += ["--override", str(ROOT / "scripts" / "cpu-overrides.txt"), *sources(settings)]
     print("setup: installing the stack (about 3 GB)", flush=True)
     run([*command, "--editable", f"{ROOT}[{EXTRAS}]"], uv_environment(settings, os.environ))
+    print("setup: fetching the supported releases of verl", flush=True)
+    run([str(PYTHON), str(ROOT / "scripts" / "verl_releases.py")])
     return run_check()
 
 
