@@ -12,6 +12,7 @@ from typing import Any
 
 from verl_fp16.cpu import choice
 from verl_fp16.patching import Hook, Patcher, Target
+from verl_fp16.releases import SUPPORTED_RANGE
 
 DRIVER_HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -20,6 +21,7 @@ DRIVER_HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.cpu.plugin:choose_cpu_if_configured",
         why="trainer.device=cpu alone does not change verl's platform, and workers would fall back to nvidia",
         how="puts the CPU room into the driver and VERL_PLATFORM=cpu into the run's environment, on trainer.device=cpu",
+        verl=SUPPORTED_RANGE,
         until="verl has a platform cpu and chooses it by trainer.device",
     ),
 )
@@ -57,13 +59,17 @@ def install() -> None:
 
 
 def _fail_at_first_use(error: Exception) -> None:
-    from verl.plugin.platform import platform_manager
+    failure = CpuRoomNotActive(
+        f"{choice.ENV_VAR}=cpu, but verl_fp16.cpu could not be put in place: {type(error).__name__}: {error}"
+    )
+    try:
+        from verl.plugin.platform import platform_manager
+    except ModuleNotFoundError:  # verl 0.8, which lets an error out of the modules that it is told to import
+        raise failure from error
 
     class BrokenPlatform(platform_manager.PlatformBase):
         def __new__(cls) -> Any:
-            raise CpuRoomNotActive(
-                f"{choice.ENV_VAR}=cpu, but verl_fp16.cpu could not be put in place: {type(error).__name__}: {error}"
-            ) from error
+            raise failure from error
 
     platform_manager._current_platform = None
     platform_manager.PlatformRegistry.register(platform="cpu")(BrokenPlatform)

@@ -6,6 +6,7 @@ between rollout and training).
 """
 
 from verl_fp16.patching import Hook, Patcher, Target
+from verl_fp16.releases import SUPPORTED_RANGE
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -14,6 +15,7 @@ HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.hooks.driver:check_before_start",
         why="verl accepts settings of ours that are wrong, and starts where our plugin is not in place",
         how="checks the node verl_fp16 and the plugin before Ray starts",
+        verl=SUPPORTED_RANGE,
         until="never: it is ours",
     ),
     Hook(
@@ -22,6 +24,7 @@ HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.hooks.engine:use_loss_scaler",
         why="verl's ShardedGradScaler has fixed settings and disables itself on devices other than cuda",
         how="puts a LossScaler with the role's settings into engine.scaler; none in the reference policy",
+        verl=SUPPORTED_RANGE,
         upstream="verl#6150",
         until="verl's scaler is configurable and observable",
     ),
@@ -31,6 +34,7 @@ HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.hooks.engine:leave_out_norm_of_skipped_step",
         why="the inf or nan norm of a skipped step turns the training step's mean actor/grad_norm into inf or nan",
         how="returns None, which verl leaves out of the mean, where the loss scaler skipped the step",
+        verl=SUPPORTED_RANGE,
         until="verl leaves skipped steps out of grad_norm",
     ),
     Hook(
@@ -39,6 +43,7 @@ HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.hooks.engine:report_loss_scale",
         why="skipped updates and the scale are invisible",
         how="adds loss_scale and skipped_steps to the metrics of a training step's last mini-batch",
+        verl=SUPPORTED_RANGE,
         until="verl logs them",
     ),
     Hook(
@@ -47,6 +52,7 @@ HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.hooks.metrics:add_log_prob_gap",
         why="verl logs the gap between probabilities, in which a token of small probability does not show",
         how="adds mean |delta log p|, k3 and the number of non-finite tokens, under mismatch/",
+        verl=SUPPORTED_RANGE,
         until="verl logs them",
     ),
 )
