@@ -135,7 +135,7 @@ def test_a_hook_that_does_not_fit_is_raised_where_it_is_required(
     with pytest.raises(PatchError) as caught:
         patcher.require()
     assert message in str(caught.value)
-    assert patcher.status()["the.hook"].startswith("failed: ")
+    assert patcher.status()["the.hook"].startswith("refused: ")
     patcher.undo()
 
 
