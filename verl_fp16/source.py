@@ -1,8 +1,8 @@
 """What a verl that was patched in its source calls: the same hooks, by call sites instead of at run time.
 
-``patches/verl-<release>.diff`` puts these calls into verl's own files. The wrapper that a call applies is the one that
-:data:`verl_fp16.hooks.HOOKS` declares, so both ways behave alike; the patcher finds the mark and leaves the target alone
-("not needed").
+``patches/verl-<release>.diff`` puts these calls into verl's own files. The wrapper that a call applies is the one
+that :data:`verl_fp16.hooks.HOOKS` declares, so both ways behave alike; the patcher finds the mark and leaves the target
+alone ("not needed").
 """
 
 from __future__ import annotations

@@ -77,12 +77,13 @@ class Patcher:
     def _choose_for_release(self) -> None:
         if self._chosen or self.package is None:
             return
-        self._chosen = True
         try:
             version = self.package.installed()
         except PatchError as error:
-            self._refuse(self._states[0], str(error))
-            return
+            if not self.package.is_there():
+                self._refuse(self._states[0], str(error))
+            return  # a checkout that is not imported yet: its version is known when it is
+        self._chosen = True
         if not self.package.knows(version):
             self._refuse(self._states[0], f"{self._states[0].hook.target.path}: {self.package.refusal(version)}")
             return
@@ -93,6 +94,7 @@ class Patcher:
     def module_imported(self, module: ModuleType) -> None:
         """Wrap the targets that live in ``module``, whose body has just run, for the first time or anew."""
         with _LOCK:
+            self._choose_for_release()
             self._forget(module)
             self._put_in_place([module])
             if self._strict and (refused := self._refused()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,10 @@ class Package:
                     f"{self.name} is not installed here; install {self.name}=={self.supported[-1]}"
                 ) from None
         return version
+
+    def is_there(self) -> bool:
+        """Whether it can be imported."""
+        return self.name in sys.modules or importlib.util.find_spec(self.name) is not None
 
     def knows(self, version: str) -> bool:
         """Whether ``version``, or the release that a development version leads to, is supported."""
