@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from verl_fp16 import hooks, source
-from verl_fp16.patching import Hook, PatchError, Patcher, Target
+from verl_fp16.patching import Hook, Patcher, PatchError, Target
 from verl_fp16.patching.chain import IN_SOURCE
 
 WRAPPERS = """
