@@ -140,8 +140,15 @@ def describe_target(path: str) -> dict[str, Any] | None:
             if key != "__wrapped__" and not key.startswith(f"_{OURS}_")
         },
         "original": _code(innermost),
-        "pickled": pickle.dumps(function).hex(),
+        "pickled": _pickled(function),
     }
+
+
+def _pickled(function: Any) -> str:
+    try:
+        return pickle.dumps(function).hex()
+    except (AttributeError, pickle.PicklingError) as error:
+        return str(error)
 
 
 def _code(function: Any) -> list:
