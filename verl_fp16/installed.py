@@ -38,6 +38,11 @@ class InstalledVerl:
         return self.folder / "trainer" / "config"
 
     @property
+    def has_platforms(self) -> bool:
+        """Whether it knows platforms, without which it cannot be told to run on a CPU (verl 0.9 and later)."""
+        return (self.folder / "plugin" / "platform").is_dir()
+
+    @property
     def supported(self) -> bool:
         """Whether this release is one of :data:`SUPPORTED_VERL`; a source tree's suffix (``.dev``) does not count."""
         try:
