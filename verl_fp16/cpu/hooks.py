@@ -1,7 +1,9 @@
 """What verl, torch and vLLM need on a CPU, as records. In place only in processes with ``VERL_PLATFORM=cpu``."""
 
-from verl_fp16.patching import Hook, Target
-from verl_fp16.releases import SUPPORTED_RANGE
+from verl_fp16.patching import Hook, Package, Target
+from verl_fp16.releases import SUPPORTED_VERL
+
+VERL = Package("verl", SUPPORTED_VERL)
 
 _WRAPPERS = "verl_fp16.cpu.wrappers:"
 
@@ -12,7 +14,7 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.cpu.platform:select_cpu_platform",
         why="verl has no platform cpu, and falls back to nvidia without a GPU",
         how="registers one and selects it",
-        verl=">=0.9",
+        versions=">=0.9",
         until="verl has a platform cpu",
     ),
     Hook(
@@ -21,7 +23,7 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.cpu.device:no_accelerator",
         why="verl 0.8 looks for accelerators by itself, and calls functions on torch.cpu that are not there",
         how="lets it see none, and gives it a device module with those functions",
-        verl="<0.9",
+        versions="<0.9",
         until="verl 0.8 is not supported any more: later ones have platforms",
     ),
     Hook(
@@ -30,7 +32,6 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper=_WRAPPERS + "gloo_process_group",
         why="verl builds the backend 'cpu:gloo,cpu:gloo', which torch refuses",
         how="passes backend='cpu:gloo' where the caller names none",
-        verl=SUPPORTED_RANGE,
         until="verl builds the backend from the platform alone",
     ),
     Hook(
@@ -39,7 +40,6 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper=_WRAPPERS + "register_fsdp_engines",
         why="verl registers its FSDP engines for cuda and npu only",
         how="registers the same classes for the device cpu",
-        verl=SUPPORTED_RANGE,
         until="verl registers them for cpu",
     ),
     Hook(
@@ -48,7 +48,6 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper=_WRAPPERS + "leave_model_in_place",
         why="verl builds the device 'cpu:cpu' to load an FSDP1 model",
         how="does nothing: the model is on the CPU already",
-        verl=SUPPORTED_RANGE,
         until="verl asks the platform for the device",
     ),
     Hook(
@@ -57,7 +56,6 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper=_WRAPPERS + "leave_model_in_place",
         why="offloading moves shards that are on the CPU already, and FSDP1 asserts on the storage it frees",
         how="does nothing: the model is on the CPU already",
-        verl=SUPPORTED_RANGE,
         until="verl asks the platform for the device",
     ),
     Hook(
@@ -66,7 +64,6 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper=_WRAPPERS + "accept_cpu_states",
         why="FSDP1 refuses to broadcast states that are on the CPU, which gloo can do",
         how="skips the check",
-        verl=SUPPORTED_RANGE,
         until="torch checks the backend instead of the device",
     ),
     Hook(
@@ -77,7 +74,6 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper=_WRAPPERS + "load_value_model",
         why="verl loads the critic with flash_attention_2, whatever attn_implementation says",
         how="loads the same class with the attention of the model's configuration",
-        verl=SUPPORTED_RANGE,
         until="verl honours attn_implementation for the critic",
     ),
     Hook(
@@ -86,7 +82,6 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper=_WRAPPERS + "leave_unpinned",
         why="FSDP1 pins what it offloads for the reference policy, which needs an accelerator",
         how="returns the tensor itself",
-        verl=SUPPORTED_RANGE,
         until="torch ignores pin_memory without an accelerator",
     ),
     Hook(
@@ -95,7 +90,6 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper=_WRAPPERS + "do_not_pin_memory",
         why="verl offloads the reference policy with pin_memory=True, which needs an accelerator",
         how="sets pin_memory=False",
-        verl=SUPPORTED_RANGE,
         until="torch ignores pin_memory without an accelerator",
     ),
     Hook(
@@ -104,7 +98,6 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper=_WRAPPERS + "keep_unpacked_weight",
         why="vLLM's CPU build drops layer.weight after packing it, so the second weight sync has nowhere to go",
         how="keeps layer.weight beside the packed copy, which is rebuilt after each sync",
-        verl=SUPPORTED_RANGE,
         until="vLLM's CPU build supports reloading weights",
     ),
 )

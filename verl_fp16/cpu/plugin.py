@@ -12,7 +12,6 @@ from typing import Any
 
 from verl_fp16.cpu import choice
 from verl_fp16.patching import Hook, Patcher, Target
-from verl_fp16.releases import SUPPORTED_RANGE
 
 DRIVER_HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -21,7 +20,6 @@ DRIVER_HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.cpu.plugin:choose_cpu_if_configured",
         why="trainer.device=cpu alone does not change verl's platform, and workers would fall back to nvidia",
         how="puts the CPU room into the driver and VERL_PLATFORM=cpu into the run's environment, on trainer.device=cpu",
-        verl=SUPPORTED_RANGE,
         until="verl has a platform cpu and chooses it by trainer.device",
     ),
 )
