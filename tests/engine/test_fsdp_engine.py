@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from ranks import on_ranks
@@ -41,14 +43,36 @@ def release(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def one_rank(release, tiny_model, tmp_path_factory) -> dict:
+def single_ranks(release, tiny_model, tmp_path_factory) -> list[dict]:
+    """Two processes of one rank, at the same time: with the hooks in place, and stock verl on the CPU room alone."""
     model, calls = str(tiny_model), {}
     for strategy in STRATEGIES:
         calls[f"fp16 {strategy}"] = ("train_a_little", model, strategy, "float16", True, 4)
         calls[f"fp32 {strategy}"] = ("train_a_little", model, strategy, "float32", True, 1)
         calls[f"roles {strategy}"] = ("critic_and_reference", model, strategy)
     calls["no flag"] = ("train_a_little", model, "fsdp2", "bfloat16", False, 3)
-    return on_ranks(1, run_calls, calls, folder=tmp_path_factory.mktemp("one-rank"), release=release)[0]
+    stock = {
+        "fault": ("stock_on_fault", model),
+        "no flag": calls["no flag"],
+        "adapter fsdp": ("exported_adapter_tensors", model, "fsdp"),
+        "adapter fsdp2": ("exported_adapter_tensors", model, "fsdp2"),
+    }
+
+    def run(name: str, calls: dict, env: dict) -> dict:
+        return on_ranks(1, run_calls, calls, folder=tmp_path_factory.mktemp(name), release=release, env=env)[0]
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run, ("hooks", "stock"), (calls, stock), ({}, {"VERL_FP16_DISABLE": "1"})))
+
+
+@pytest.fixture(scope="module")
+def one_rank(single_ranks) -> dict:
+    return single_ranks[0]
+
+
+@pytest.fixture(scope="module")
+def stock_verl(single_ranks) -> dict:
+    return single_ranks[1]
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +82,6 @@ def two_ranks(release, tiny_model, tmp_path_factory) -> list[dict]:
         calls[f"fp16 {strategy}"] = ("train_a_little", model, strategy, "float16", True, 4)
         calls[f"fault {strategy}"] = ("skip_on_fault", model, strategy)
     return on_ranks(2, run_calls, calls, folder=tmp_path_factory.mktemp("two-ranks"), release=release)
-
-
-@pytest.fixture(scope="module")
-def stock_verl(release, tiny_model, tmp_path_factory) -> dict:
-    """verl on the CPU room alone, without any hook of the flag."""
-    model = str(tiny_model)
-    calls = {
-        "fault": ("stock_on_fault", model),
-        "no flag": ("train_a_little", model, "fsdp2", "bfloat16", False, 3),
-        "adapter fsdp": ("exported_adapter_tensors", model, "fsdp"),
-        "adapter fsdp2": ("exported_adapter_tensors", model, "fsdp2"),
-    }
-    folder = tmp_path_factory.mktemp("stock")
-    return on_ranks(1, run_calls, calls, folder=folder, release=release, env={"VERL_FP16_DISABLE": "1"})[0]
 
 
 def train_a_little(model: str, strategy: str, dtype: str, flag: bool, steps: int) -> dict:
@@ -222,7 +232,7 @@ def exported_adapter_tensors(model: str, strategy: str) -> int:
 
 
 def test_lora_needs_fsdp2_in_stock_verl(stock_verl):
-    """A limit that the README states: on FSDP1 verl 0.9.1 exports no adapter. If this fails, the limit has gone."""
+    """A limit that the README states: on FSDP1 verl exports no adapter. If this fails, the limit has gone."""
     assert stock_verl["adapter fsdp2"] > 0
     assert stock_verl["adapter fsdp"] == 0
 

