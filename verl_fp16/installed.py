@@ -10,7 +10,7 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-SUPPORTED_VERL = ("0.8.0", "0.9.0", "0.9.1")
+from verl_fp16.releases import SUPPORTED_VERL
 
 EXTERNAL_MODULES = ("verl_fp16.plugin", "verl_fp16.cpu.plugin")
 """What ``VERL_USE_EXTERNAL_MODULES`` has to name where verl does not read the entry points ``verl.plugins``."""
