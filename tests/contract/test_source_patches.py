@@ -111,3 +111,27 @@ def test_a_patched_release_imports_and_its_hooks_are_not_needed(tmp_path, versio
     assert file.startswith(str(root))
     words = {status.partition(":")[0] for status in json.loads(statuses).values()}
     assert words == {"not needed"}, statuses
+
+
+def test_the_command(tree, tmp_path):
+    from typer.testing import CliRunner
+
+    from verl_fp16.cli.app import app
+
+    def call(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["patch-source", *map(str, arguments)])
+        return result.exit_code, result.output
+
+    steps = (
+        ((tree, "--check"), 0, "not patched; the patch of this release fits"),
+        ((tree, "--reverse"), 0, "not patched already"),
+        ((tree,), 0, "patched"),
+        ((tree, "--check"), 0, ", patched; the patch"),
+        ((tree,), 0, "patched already: nothing to do"),
+        ((tree, "--reverse"), 0, "no longer patched"),
+        ((tree, "--reverse", "--check"), 2, "exclude each other"),
+        ((tmp_path,), 1, "is no source tree of verl"),
+    )
+    for arguments, code, text in steps:
+        found, output = call(*arguments)
+        assert (found, text in output) == (code, True), (arguments, output)

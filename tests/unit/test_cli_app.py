@@ -27,7 +27,7 @@ def test_help_imports_nothing_heavy():
 
 def test_every_command_has_its_module_and_its_help():
     group = typer.main.get_command(app)
-    modules = {module.__name__.rpartition(".")[2] for module in COMMANDS}
+    modules = {module.__name__.rpartition(".")[2].replace("_", "-") for module in COMMANDS}
     assert modules == set(group.commands)
     for name in group.commands:
         result = CliRunner().invoke(app, [name, "--help"])

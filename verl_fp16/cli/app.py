@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from verl_fp16 import __version__
-from verl_fp16.cli import config, doctor, recipes, run
+from verl_fp16.cli import config, doctor, patch_source, recipes, run
 
-COMMANDS = (run, recipes, config, doctor)
+COMMANDS = (run, recipes, config, doctor, patch_source)
 """In the order in which ``--help`` shows them."""
 
 app = typer.Typer(

@@ -14,7 +14,8 @@ from packaging.version import InvalidVersion, Version
 
 from verl_fp16.doctor.check import ERROR, OK, WARNING, Check
 from verl_fp16.doctor.host import Host
-from verl_fp16.installed import EXTERNAL_MODULES, SUPPORTED_VERL, InstalledVerl
+from verl_fp16.installed import EXTERNAL_MODULES, InstalledVerl
+from verl_fp16.releases import SUPPORTED_VERL
 
 GIB, MIB = 2**30, 2**20
 PYTHON = SpecifierSet(">=3.10,<3.13")

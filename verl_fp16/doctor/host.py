@@ -73,7 +73,7 @@ def _isa(cpuinfo: str) -> tuple[str, ...]:
 
 
 def _driver(text: str) -> str | None:
-    match = re.search(r"Kernel Module\D*?\s(\d+(?:\.\d+)+)", text)
+    match = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", text)
     return match[1] if match else None
 
 
