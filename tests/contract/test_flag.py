@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from releases import RELEASES, release_environment
 
 from verl_fp16 import plugin
 from verl_fp16.hooks import driver
-from verl_fp16.settings import Settings, SettingsError
+from verl_fp16.hooks.engine import settings_of
+from verl_fp16.settings import LossScaleSettings, Settings, SettingsError
 
 PRECISIONS = {
     "fp16": ("float16", "float16"),
@@ -63,6 +66,33 @@ def test_every_role_runs_in_the_declared_pair(name):
     assert config["actor_rollout_ref"]["model"]["external_lib"] == config["critic"]["model"]["external_lib"]
 
 
+def test_verl_hands_it_to_the_workers_as_declared(tiny_model):
+    """Through verl's own configuration classes, as its workers build them."""
+    from hydra.utils import instantiate
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = composed(
+        "+precision=fp16",
+        "verl_fp16.loss_scale.init=1024",
+        "actor_rollout_ref.model.external_lib=json",
+        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+        f"actor_rollout_ref.model.path={tiny_model}",
+        resolve=False,
+    )
+    driver.check_before_start(lambda _: None)(config)
+    OmegaConf.resolve(config)
+    nodes = {"actor": config.actor_rollout_ref.actor.fsdp_config, "critic": config.critic.fsdp}
+    nodes["ref"] = config.actor_rollout_ref.ref.fsdp_config
+    for role, node in nodes.items():
+        engine = SimpleNamespace(engine_config=omega_conf_to_dataclass(node))
+        rode = settings_of(engine)
+        assert (rode["role"], rode["dtype"]) == (role, "float16")
+        if role != "ref":
+            assert LossScaleSettings(**rode["loss_scale"]).init == 1024
+    model = instantiate(config.actor_rollout_ref.model, _convert_="partial")
+    assert model.external_lib == ["json", "verl_fp16.required"], "which verl imports, one by one"
+
+
 def test_siblings_differ_in_nothing_but_dtypes():
     def without_dtypes(name):
         config = OmegaConf.to_yaml(OmegaConf.create(composed(f"+precision={name}")))
@@ -84,6 +114,7 @@ def test_the_flag_changes_only_what_it_says():
         "actor_rollout_ref.ref.fsdp_config.mixed_precision",
         "critic.fsdp.mixed_precision",
         "actor_rollout_ref.rollout.dtype",
+        "actor_rollout_ref.rollout.calculate_log_probs",  # off by default in verl 0.8
         "distillation.teacher_models.teacher_model.inference.dtype",  # follows the rollout's in verl's own file
     )
 
@@ -208,6 +239,16 @@ def test_without_the_group_nothing_is_checked_nor_changed():
     assert OmegaConf.to_yaml(config) == before
 
 
+@pytest.mark.parametrize("release", RELEASES[:-1])
+def test_all_of_the_above_on_an_older_verl(release):
+    """The tests of this file that need no process of their own, with another release's configuration."""
+    without = "older_verl or before_ray_starts or a_plugin_that_breaks or a_worker_without"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not ({without})", __file__]
+    env = {**os.environ, **release_environment(release)}
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert process.returncode == 0, process.stdout[-3000:]
+
+
 def launch(*overrides: str, **env: str) -> tuple[int, str]:
     """verl's own launcher up to the point where it would start Ray; exit code and output."""
     process = subprocess.run(
@@ -225,7 +266,10 @@ def launch(*overrides: str, **env: str) -> tuple[int, str]:
     (
         ({"VERL_FP16_DISABLE": "1"}, "VERL_FP16_DISABLE=1 switches verl_fp16 off"),
         ({"VERL_USE_EXTERNAL_PLUGINS": "none"}, "verl did not load the plugin"),
+        # A verl that does not look for plugins by itself, and was not told of ours.
+        ({**release_environment("0.8.0"), "VERL_USE_EXTERNAL_MODULES": ""}, "set VERL_USE_EXTERNAL_MODULES="),
     ),
+    ids=("switched off", "not loaded", "not named"),
 )
 def test_the_flag_without_the_hooks_is_an_error_before_ray_starts(env, message, tmp_path):
     """verl swallows what a plugin raises; the flag must not run without it all the same."""

@@ -16,7 +16,7 @@ NODE = "verl_fp16"
 GROUP = "precision"
 TRIPWIRE = "verl_fp16.required"
 
-# Role -> its engine's configuration, in verl 0.9.1.
+# Role -> its engine's configuration.
 ENGINES = {
     "actor": "actor_rollout_ref.actor.fsdp_config",
     "ref": "actor_rollout_ref.ref.fsdp_config",
@@ -120,8 +120,10 @@ def keep_tripwire(config: DictConfig) -> None:
                 model.external_lib = [*modules, TRIPWIRE]
 
 
-def role_settings(role: str, *, _root_: DictConfig) -> DictConfig:
+def role_settings(role: str, *, _root_: DictConfig) -> DictConfig | str:
     """The answer to ``${verl_fp16:<role>}``: what rides to the workers of ``role`` in its ``mixed_precision``.
+
+    For the role ``driver``, which Hydra asks for before it calls verl's launcher, it is just a word.
 
     Raises:
         PluginNotActive: the hooks are not in place in this process.
@@ -129,7 +131,7 @@ def role_settings(role: str, *, _root_: DictConfig) -> DictConfig:
     """
     plugin.require_active()
     plugin.flag_given = True
-    return settings_for_role(role, _root_)
+    return "given" if role == "driver" else settings_for_role(role, _root_)
 
 
 def settings_for_role(role: str, config: DictConfig) -> DictConfig:
