@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Write the README's tables of measurements from the files under benchmarks/results, or check that they are current.
+"""Write the README's generated tables, or check that they are current.
+
+Measurements come from the files under benchmarks/results, the hooks from their records, the versions from the pins.
 
 python scripts/readme_tables.py [--check]
 """
@@ -12,6 +14,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from verl_fp16.hooks import HOOKS  # noqa: E402
+from verl_fp16.patching import Hook  # noqa: E402
+from verl_fp16.releases import SUPPORTED_VERL  # noqa: E402
+
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -78,7 +85,46 @@ def quickstart_table() -> str:
     return "\n".join([*lines, "", f"{result['date']}, {result['machine']}."])
 
 
-TABLES = {"gap": gap_table, "quickstart": quickstart_table}
+def hooks_table() -> str:
+    """Every hook, from its record."""
+    lines = ["| hook | wraps | verl | why | what it changes | until |", "|---|---|---|---|---|---|"]
+    for hook in HOOKS:
+        target = hook.target.qualname or hook.target.module
+        why = f"{hook.why} ({hook.upstream})" if hook.upstream else hook.why
+        cells = (f"`{hook.name}`", f"`{target}`", _releases(hook), why, hook.how, hook.until)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _releases(hook: Hook) -> str:
+    releases = [version for version in SUPPORTED_VERL if hook.is_for(version)]
+    return "all" if len(releases) == len(SUPPORTED_VERL) else ", ".join(releases)
+
+
+def versions_table() -> str:
+    """What is tested with which release: the supported ones, and the pins of the extra ``cpu``."""
+    newest = SUPPORTED_VERL[-1]
+    lines = [
+        "| verl | targets of all hooks | FSDP engine | trainer end to end | source patch |",
+        "|---|---|---|---|---|",
+    ]
+    for version in reversed(SUPPORTED_VERL):
+        trainer = "yes" if version == newest else "no"
+        patch = "applied, engine" if version == newest else "applied, imported"
+        lines.append(f"| {version} | yes | yes | {trainer} | {patch} |")
+    extra = re.search(r"^cpu = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1]
+    pins = re.findall(r'"([\w.-]+)==([\w.]+)"', extra)
+    return "\n".join(
+        [*lines, "", f"With {', '.join(f'{name} {version}' for name, version in pins if name != 'verl')}."]
+    )
+
+
+TABLES = {
+    "gap": gap_table,
+    "quickstart": quickstart_table,
+    "hooks": hooks_table,
+    "versions": versions_table,
+}
 
 
 def render(text: str) -> str:

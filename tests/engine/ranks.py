@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from releases import RELEASES, release_environment
+
 _CHILD = """
 import pickle, sys
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 import verl
-import verl_fp16.plugin, verl_fp16.cpu.plugin
-sys.path.insert(0, {here!r})
+assert verl.__version__ == {release!r}, verl.__file__
+assert {{"verl_fp16.plugin", "verl_fp16.cpu.plugin"}} <= sys.modules.keys(), "verl loads the plugins"
+sys.path.extend({path!r})
 module, name, args, rank, world, store, result = pickle.load(open(sys.argv[1], "rb"))
 dist.init_process_group("cpu:gloo", init_method=store, rank=rank, world_size=world)
 function = getattr(__import__(module), name)
@@ -30,13 +33,19 @@ dist.destroy_process_group()
 
 
 def on_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, folder: Path, env: dict[str, str] | None = None
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    folder: Path,
+    release: str = RELEASES[-1],
+    env: dict[str, str] | None = None,
 ) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` ranks and return what each rank returned, in the order of ranks.
 
     Args:
         function: a function of a test module (found by name in the child processes).
         folder: for the files of this call.
+        release: the verl that the ranks run.
 
     Raises:
         AssertionError: a rank failed; with its output.
@@ -46,7 +55,6 @@ def on_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    here = str(Path(sys.modules[function.__module__].__file__).parent)
     children = []
     for rank in range(world_size):
         call, result = folder / f"call-{rank}.pkl", folder / f"result-{rank}.pt"
@@ -56,6 +64,7 @@ def on_ranks(
         )
         environment = {
             **os.environ,
+            **release_environment(release),
             "VERL_PLATFORM": "cpu",
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -65,7 +74,7 @@ def on_ranks(
             **(env or {}),
         }
         log = open(folder / f"log-{rank}.txt", "w")
-        command = [sys.executable, "-c", _CHILD.format(here=here), str(call)]
+        command = [sys.executable, "-c", _CHILD.format(path=sys.path, release=release), str(call)]
         children.append((subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT), log, result))
     try:
         codes = [child.wait(timeout=240) for child, _, _ in children]

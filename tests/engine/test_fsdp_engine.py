@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import on_ranks
+from releases import RELEASES
 
 STRATEGIES = ("fsdp", "fsdp2")
 SEQUENCES = [list(range(start, start + 6 + start % 5)) for start in range(8)]
@@ -33,28 +34,34 @@ def run_calls(calls: dict[str, tuple]) -> dict:
     return {name: globals()[function](*arguments) for name, (function, *arguments) in calls.items()}
 
 
+@pytest.fixture(scope="module", params=RELEASES)
+def release(request) -> str:
+    """The verl that the engines are of."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def one_rank(tiny_model, tmp_path_factory) -> dict:
+def one_rank(release, tiny_model, tmp_path_factory) -> dict:
     model, calls = str(tiny_model), {}
     for strategy in STRATEGIES:
         calls[f"fp16 {strategy}"] = ("train_a_little", model, strategy, "float16", True, 4)
         calls[f"fp32 {strategy}"] = ("train_a_little", model, strategy, "float32", True, 1)
         calls[f"roles {strategy}"] = ("critic_and_reference", model, strategy)
     calls["no flag"] = ("train_a_little", model, "fsdp2", "bfloat16", False, 3)
-    return on_ranks(1, run_calls, calls, folder=tmp_path_factory.mktemp("one-rank"))[0]
+    return on_ranks(1, run_calls, calls, folder=tmp_path_factory.mktemp("one-rank"), release=release)[0]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_model, tmp_path_factory) -> list[dict]:
+def two_ranks(release, tiny_model, tmp_path_factory) -> list[dict]:
     model, calls = str(tiny_model), {}
     for strategy in STRATEGIES:
         calls[f"fp16 {strategy}"] = ("train_a_little", model, strategy, "float16", True, 4)
         calls[f"fault {strategy}"] = ("skip_on_fault", model, strategy)
-    return on_ranks(2, run_calls, calls, folder=tmp_path_factory.mktemp("two-ranks"))
+    return on_ranks(2, run_calls, calls, folder=tmp_path_factory.mktemp("two-ranks"), release=release)
 
 
 @pytest.fixture(scope="module")
-def stock_verl(tiny_model, tmp_path_factory) -> dict:
+def stock_verl(release, tiny_model, tmp_path_factory) -> dict:
     """verl on the CPU room alone, without any hook of the flag."""
     model = str(tiny_model)
     calls = {
@@ -64,7 +71,7 @@ def stock_verl(tiny_model, tmp_path_factory) -> dict:
         "adapter fsdp2": ("exported_adapter_tensors", model, "fsdp2"),
     }
     folder = tmp_path_factory.mktemp("stock")
-    return on_ranks(1, run_calls, calls, folder=folder, env={"VERL_FP16_DISABLE": "1"})[0]
+    return on_ranks(1, run_calls, calls, folder=folder, release=release, env={"VERL_FP16_DISABLE": "1"})[0]
 
 
 def train_a_little(model: str, strategy: str, dtype: str, flag: bool, steps: int) -> dict:
@@ -106,7 +113,7 @@ def _fsdp_dtypes(engine) -> tuple:
 
 @pytest.mark.parametrize("world_size", (1, 2))
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_fp16_engine_runs_what_the_flag_declares(request, strategy, world_size):
+def test_fp16_engine_runs_what_the_flag_declares(release, request, strategy, world_size):
     ranks = [request.getfixturevalue("one_rank")] if world_size == 1 else request.getfixturevalue("two_ranks")
     for seen in (rank[f"fp16 {strategy}"] for rank in ranks):
         assert seen["autocast"] is torch.float16

@@ -1,10 +1,31 @@
 """What verl, torch and vLLM need on a CPU, as records. In place only in processes with ``VERL_PLATFORM=cpu``."""
 
-from verl_fp16.patching import Hook, Target
+from verl_fp16.patching import Hook, Package, Target
+from verl_fp16.releases import SUPPORTED_VERL
+
+VERL = Package("verl", SUPPORTED_VERL)
 
 _WRAPPERS = "verl_fp16.cpu.wrappers:"
 
 CPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        name="cpu.platform",
+        target=Target("verl.plugin.platform.platform_manager"),
+        wrapper="verl_fp16.cpu.platform:select_cpu_platform",
+        why="verl has no platform cpu, and falls back to nvidia without a GPU",
+        how="registers one and selects it",
+        versions=">=0.9",
+        until="verl has a platform cpu",
+    ),
+    Hook(
+        name="cpu.device",
+        target=Target("verl.utils.device"),
+        wrapper="verl_fp16.cpu.device:no_accelerator",
+        why="verl 0.8 looks for accelerators by itself, and calls functions on torch.cpu that are not there",
+        how="lets it see none, and gives it a device module with those functions",
+        versions="<0.9",
+        until="verl 0.8 is not supported any more: later ones have platforms",
+    ),
     Hook(
         name="cpu.process_group",
         target=Target("verl.utils.distributed:initialize_global_process_group_ray", ("timeout_second", "backend")),

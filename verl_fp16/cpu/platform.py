@@ -2,71 +2,19 @@
 
 from __future__ import annotations
 
-import resource
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
-import psutil
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 
-
-class CpuDevice(ModuleType):
-    """What verl calls on ``torch.cuda``, for a CPU: memory is the process's resident set, streams do nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cpu, name)
-
-    def current_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_name(self, device: Any = None) -> str:
-        return "CPU"
-
-    def set_device(self, device: Any) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
-
-    def ipc_collect(self) -> None:
-        pass
-
-    def synchronize(self, device: Any = None) -> None:
-        pass
-
-    def memory_allocated(self, device: Any = None) -> int:
-        """Bytes resident now."""
-        return psutil.Process().memory_info().rss
-
-    memory_reserved = memory_allocated
-
-    def max_memory_allocated(self, device: Any = None) -> int:
-        """Most bytes that were ever resident."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    max_memory_reserved = max_memory_allocated
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        pass
-
-    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        """Free and total bytes of the host."""
-        memory = psutil.virtual_memory()
-        return memory.available, memory.total
-
-    def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
+from verl_fp16.cpu.device import CPU_DEVICE
 
 
 class PlatformCPU(PlatformBase):
     """A host without accelerators. ``current_device()`` is a :class:`torch.device`, which verl hands to ``.to()``."""
-
-    _device = CpuDevice("verl_fp16.cpu.device")
 
     @property
     def device_name(self) -> str:
@@ -78,7 +26,7 @@ class PlatformCPU(PlatformBase):
 
     @property
     def device_module(self) -> ModuleType:
-        return self._device
+        return CPU_DEVICE
 
     def is_available(self) -> bool:
         return True
@@ -142,3 +90,16 @@ class PlatformCPU(PlatformBase):
 
     def cudart(self) -> Any:
         return None
+
+
+def select_cpu_platform(module: ModuleType) -> Callable[[], None]:
+    """Register the platform and make it this process's, in ``verl.plugin.platform.platform_manager``."""
+    before = module._current_platform
+    module.PlatformRegistry.register(platform="cpu")(PlatformCPU)
+    module._current_platform = PlatformCPU()
+
+    def undo() -> None:
+        module._current_platform = before
+        del module.PlatformRegistry._platforms["cpu"]
+
+    return undo

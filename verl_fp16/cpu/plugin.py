@@ -57,13 +57,17 @@ def install() -> None:
 
 
 def _fail_at_first_use(error: Exception) -> None:
-    from verl.plugin.platform import platform_manager
+    failure = CpuRoomNotActive(
+        f"{choice.ENV_VAR}=cpu, but verl_fp16.cpu could not be put in place: {type(error).__name__}: {error}"
+    )
+    try:
+        from verl.plugin.platform import platform_manager
+    except ModuleNotFoundError:  # verl 0.8, which lets an error out of the modules that it is told to import
+        raise failure from error
 
     class BrokenPlatform(platform_manager.PlatformBase):
         def __new__(cls) -> Any:
-            raise CpuRoomNotActive(
-                f"{choice.ENV_VAR}=cpu, but verl_fp16.cpu could not be put in place: {type(error).__name__}: {error}"
-            ) from error
+            raise failure from error
 
     platform_manager._current_platform = None
     platform_manager.PlatformRegistry.register(platform="cpu")(BrokenPlatform)

@@ -129,7 +129,16 @@ def role_settings(role: str, *, _root_: DictConfig) -> DictConfig:
     """
     plugin.require_active()
     plugin.flag_given = True
-    settings = read_settings(_root_)
+    return settings_for_role(role, _root_)
+
+
+def settings_for_role(role: str, config: DictConfig) -> DictConfig:
+    """What the configuration says for ``role``, whatever this process is.
+
+    Raises:
+        SettingsError: as :func:`read_settings`, or an unknown role.
+    """
+    settings = read_settings(config)
     scales = {"actor": settings.loss_scale, "critic": settings.critic_loss_scale, "ref": None}
     if role not in scales:
         raise SettingsError(f"${{verl_fp16:{role}}}: unknown role, known are {', '.join(scales)}")

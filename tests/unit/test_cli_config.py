@@ -1,0 +1,156 @@
+"""`verl-fp16 config`: composing beside a verl that is not imported, and comparing."""
+
+from __future__ import annotations
+
+import pytest
+from hydra import initialize_config_dir
+from typer.testing import CliRunner
+
+from verl_fp16 import config_difference as difference
+from verl_fp16 import installed
+from verl_fp16.cli.app import app
+from verl_fp16.installed import InstalledVerl
+from verl_fp16.recipe_files import find_recipe
+from verl_fp16.settings import SettingsError
+
+PLAIN = """
+data: {seed: null, files: [a, b], name: "1"}
+trainer: {device: cuda, logger: "${oc.env:NOBODY_SETS_THIS}"}
+"""
+
+
+@pytest.fixture
+def verl(tmp_path, monkeypatch) -> InstalledVerl:
+    """The least that Hydra needs of a verl."""
+    folder = tmp_path / "verl"
+    (folder / "trainer" / "config").mkdir(parents=True)
+    (folder / "trainer" / "config" / "ppo_trainer.yaml").write_text(PLAIN)
+    found = InstalledVerl("0.9.1", folder)
+    monkeypatch.setattr(installed, "find_verl", lambda: found)
+    return found
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["config", *arguments])
+
+
+def test_a_line_for_each_changed_key_with_tabs_and_nothing_cut(verl):
+    long = "x" * 500
+    result = invoke("data.seed=3", f"+new.key={long}", "~trainer.device", "data.name=1")
+    assert result.exit_code == 0
+    assert [line.split("\t") for line in result.stdout.splitlines()] == [
+        ["data.seed", "null", "3"],
+        ["data.name", "'1'", "1"],
+        ["new.key", "(absent)", long],
+        ["trainer.device", "cuda", "(absent)"],
+    ]
+
+
+def test_no_difference_is_said_beside_the_output(verl):
+    result = invoke("data.seed=null")
+    assert (result.stdout, result.exit_code) == ("", 0)
+    assert "no difference" in result.stderr
+
+
+def test_the_flag_is_shown_with_what_rides_to_each_role(verl):
+    rows = {line.split("\t")[0]: line.split("\t")[2] for line in invoke("+precision=fp16").stdout.splitlines()}
+    mixed = "actor_rollout_ref.actor.fsdp_config.mixed_precision"
+    assert rows[f"{mixed}.param_dtype"] == rows["actor_rollout_ref.rollout.dtype"] == "float16"
+    assert rows[f"{mixed}.verl_fp16.loss_scale.init"] == "65536.0"
+    assert rows["actor_rollout_ref.ref.fsdp_config.mixed_precision.verl_fp16.loss_scale"] == "null"
+
+
+def test_it_answers_where_the_hooks_are_switched_off(verl, monkeypatch):
+    monkeypatch.setenv("VERL_FP16_DISABLE", "1")
+    assert "verl_fp16.role\t(absent)\tactor" in invoke("+precision=fp16").stdout
+
+
+def test_whole_and_diff(verl):
+    whole = invoke("--all", "data.seed=3")
+    assert "seed: 3\n" in whole.stdout
+    assert "logger: ${oc.env:NOBODY_SETS_THIS}" in whole.stdout, "what cannot be resolved here stays as written"
+    lines = invoke("--diff", "data.seed=3").stdout.splitlines()
+    assert lines[:2] == ["--- verl", "+++ data.seed=3"]
+    assert [line for line in lines[2:] if line[0] in "+-"] == ["-  seed: null", "+  seed: 3"]
+    assert invoke("--diff", "--all", "a=1").exit_code == 2
+
+
+def test_an_own_recipe_finds_verls_defaults_and_is_not_taken_for_the_shipped_one(verl, tmp_path):
+    path = tmp_path / "it's mine" / "quickstart.yaml"
+    path.parent.mkdir()
+    path.write_text("defaults: [ppo_trainer, precision: fp16, _self_]\ndata: {seed: 5}\n")
+    rows = invoke(str(path), "precision=bf16").stdout
+    assert "data.seed\tnull\t5" in rows
+    assert "verl_fp16.train_dtype\t(absent)\tbfloat16" in rows
+    assert "quickstart_dir" not in rows
+
+
+def test_a_recipe_that_is_not_yaml_is_named(verl, tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: {b: [}\n")
+    result = invoke(str(path))
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "broken.yaml" in result.stderr
+
+
+@pytest.mark.parametrize("where", ("recipe", "command line"))
+def test_further_folders_on_the_search_path_are_kept(where, verl, tmp_path):
+    (tmp_path / "more" / "flavour").mkdir(parents=True)
+    (tmp_path / "more" / "flavour" / "sour.yaml").write_text("taste: lemon\n")
+    path = tmp_path / "mine" / "mine.yaml"
+    path.parent.mkdir()
+    folder = f"file://{tmp_path}/more"
+    in_recipe = f"hydra: {{searchpath: ['{folder}']}}\n" if where == "recipe" else ""
+    path.write_text(f"defaults: [ppo_trainer, flavour: sour, _self_]\n{in_recipe}")
+    overrides = [] if where == "recipe" else [f"hydra.searchpath=[{folder}]"]
+    assert difference.compose(verl.config_dir, overrides, find_recipe(str(path)))["flavour"] == {"taste": "lemon"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    (
+        ("precision=fp16", "use +precision=fp16"),
+        ("+precison=fp16", "did you mean +precision=fp16?"),
+        ("no_such_key=1", "no_such_key"),
+        ("quikstart", "did you mean quickstart?"),
+    ),
+)
+def test_what_cannot_be_composed_is_one_message(override, message, verl):
+    result = invoke(override)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+
+
+def test_wrong_settings_are_named(verl):
+    with pytest.raises(SettingsError, match="loss_scale.init must be at least"):
+        difference.compose(verl.config_dir, ["+precision=fp16", "verl_fp16.loss_scale.init=0.1"])
+
+
+def test_the_plugins_own_resolver_is_left_alone(verl, monkeypatch):
+    """The command's answer must not stand in for the one that checks that the hooks are in place."""
+    from hydra import compose
+
+    from verl_fp16 import plugin
+
+    plugin.require_active()
+    asked = []
+    monkeypatch.setattr(plugin, "require_active", lambda: asked.append(True))
+    assert invoke("+precision=fp16").exit_code == 0
+    assert asked == []
+    with initialize_config_dir(str(verl.config_dir), version_base=None):
+        config = compose("ppo_trainer", overrides=["+precision=fp16"])
+    assert config.critic.fsdp.mixed_precision.verl_fp16.role == "critic"
+    assert asked
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    (
+        ({"a": 1}, {"a": 1.0}, [("a", 1, 1.0)]),
+        ({"a": {"b": 1}}, {"a": None}, [("a", difference.ABSENT, None), ("a.b", 1, difference.ABSENT)]),
+        ({"a": {}}, {"a": {"b": [1]}}, [("a.b", difference.ABSENT, [1]), ("a", {}, difference.ABSENT)]),
+        ({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}, []),
+    ),
+)
+def test_changes(before, after, expected):
+    assert [(c.key, c.theirs, c.ours) for c in difference.changes(before, after)] == expected

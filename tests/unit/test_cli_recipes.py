@@ -1,0 +1,77 @@
+"""`verl-fp16 recipes` and what a recipe's name or path means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from verl_fp16 import recipe_files
+from verl_fp16.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_list_has_every_shipped_recipe_with_its_first_comment_line():
+    result = invoke("recipes", "list")
+    rows = dict(line.split("\t") for line in result.stdout.splitlines())
+    assert set(rows) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert rows["quickstart"].startswith("GRPO on written sums")
+
+
+@pytest.mark.parametrize("text", ("a: 1\n# later\n", "", "\n\n"))
+def test_a_recipe_without_a_comment_at_the_top_has_no_summary(text, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    assert recipe_files.find_recipe(str(path)).summary == ""
+
+
+def test_copy_into_a_folder_and_to_a_file(tmp_path):
+    original = (ROOT / "recipes" / "quickstart.yaml").read_bytes()
+    result = invoke("recipes", "copy", "quickstart", str(tmp_path))
+    assert result.exit_code == 0
+    assert Path(result.stdout.strip()) == tmp_path / "quickstart.yaml"
+    assert invoke("recipes", "copy", "quickstart", str(tmp_path / "new" / "mine.yaml")).exit_code == 0
+    assert (tmp_path / "quickstart.yaml").read_bytes() == (tmp_path / "new" / "mine.yaml").read_bytes() == original
+
+
+def test_copy_does_not_overwrite_unless_forced(tmp_path):
+    target = tmp_path / "quickstart.yaml"
+    target.write_text("mine")
+    refused = invoke("recipes", "copy", "quickstart", str(target))
+    assert refused.exit_code == 2
+    assert f"{target} is there already" in refused.stderr
+    assert target.read_text() == "mine"
+    assert invoke("recipes", "copy", "quickstart", str(target), "--force").exit_code == 0
+    assert target.read_text() != "mine"
+
+
+def test_copy_refuses_a_name_that_hydra_would_not_read(tmp_path):
+    result = invoke("recipes", "copy", "quickstart", str(tmp_path / "mine.yml"))
+    assert result.exit_code == 2
+    assert ".yaml only" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    (
+        ("quikstart", "did you mean quickstart?"),
+        ("zzz", "shipped recipes: "),
+        ("./no/such.yaml", "no such recipe file: "),
+        ("own.yml", ".yaml only"),
+        ("own", "write ./own.yaml"),
+    ),
+)
+def test_what_is_no_recipe_is_refused_with_the_way_out(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own.yaml", "own.yml"):
+        (tmp_path / name).touch()
+    with pytest.raises(recipe_files.RecipeError) as caught:
+        recipe_files.find_recipe(text)
+    assert message in str(caught.value)

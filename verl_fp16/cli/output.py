@@ -1,0 +1,37 @@
+"""What the commands print: tables for a terminal, tab-separated lines for everything else, errors as one message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+import typer
+
+WRONG_INPUT = 2
+
+
+def fail(message: object, code: int = WRONG_INPUT) -> typer.Exit:
+    """Print ``message`` on stderr; raise what is returned to end with ``code``."""
+    typer.echo(f"verl-fp16: {message}", err=True)
+    return typer.Exit(code)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table where stdout is a terminal; elsewhere a line for each row, uncut, with a tab between its cells.
+
+    A cell is a string or a rich renderable whose ``plain`` is its text.
+    """
+    if not sys.stdout.isatty():
+        for row in rows:
+            typer.echo("\t".join(str(getattr(cell, "plain", cell)) for cell in row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    Console().print(table)

@@ -1,0 +1,105 @@
+"""``verl-fp16 run``: start a recipe through verl's own launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from verl_fp16.cli.output import fail
+
+TIMED_OUT = 124  # as timeout(1)
+INTERRUPTED = 130
+
+
+def register(app: typer.Typer) -> None:
+    # Options that are not ours are Hydra's: they become arguments, in their order, and pass through.
+    app.command("run", context_settings={"ignore_unknown_options": True})(run)
+
+
+def run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a .yaml file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="OVERRIDE", help="Hydra overrides and options, passed on as they are.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print command and environment, start nothing.")] = False,
+    supervised: Annotated[
+        bool,
+        typer.Option("--supervised", help="End the run if a worker dies; leave no process or shared memory behind."),
+    ] = False,
+    log_file: Annotated[
+        Path | None,
+        typer.Option("--log-file", help="With --supervised: where the log goes; outputs/RECIPE.log if left out."),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=0, help="With --supervised: end the run after this many seconds.")
+    ] = None,
+) -> None:
+    """Start a recipe with verl's PPO trainer; the exit code is the trainer's.
+
+    Example: verl-fp16 run quickstart trainer.total_training_steps=5 --cfg job
+    """
+    from verl_fp16.installed import VerlNotFound, find_verl
+    from verl_fp16.launch import LaunchError, plan_launch
+    from verl_fp16.recipe_files import RecipeError, find_recipe
+
+    if not supervised and (log_file is not None or timeout is not None):
+        raise fail("--log-file and --timeout belong to --supervised: add it")
+    try:
+        found = find_recipe(recipe)
+        launch = plan_launch(found, overrides or (), find_verl(), os.environ)
+    except (RecipeError, VerlNotFound, LaunchError) as error:
+        raise fail(error) from None
+    if dry_run:
+        typer.echo(launch.as_shell())
+        return
+    environment = {**os.environ, **launch.environment}
+    if supervised:
+        log = log_file or Path("outputs") / f"{found.name}.log"
+        raise typer.Exit(_run_supervised(launch.command, environment, log, timeout))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # This process becomes the trainer: signals and exit code are its own, with nothing in between.
+    os.execve(launch.command[0], launch.command, environment)
+
+
+def _run_supervised(command: tuple[str, ...], environment: dict[str, str], log: Path, timeout: float | None) -> int:
+    from verl_fp16.supervise import run_supervised
+
+    follow = _Follower(log)
+    try:
+        result = run_supervised(command, log_path=log, env=environment, timeout_s=timeout, on_tick=follow)
+    except KeyboardInterrupt:
+        typer.echo("verl-fp16: interrupted; everything that was started has been ended", err=True)
+        return INTERRUPTED
+    except OSError as error:
+        typer.echo(f"verl-fp16: {error}", err=True)
+        return 1
+    if result.ok:
+        return 0
+    typer.echo(f"verl-fp16: {result.cause}\nverl-fp16: the whole log: {log}", err=True)
+    if timeout is not None and result.seconds > timeout:
+        return TIMED_OUT
+    code = result.returncode
+    return 1 if not code else code if code > 0 else 128 - code
+
+
+class _Follower:
+    """Copies what a log gained since the last call to stdout."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._position = 0
+
+    def __call__(self) -> None:
+        with open(self._log, "rb") as log:
+            log.seek(self._position)
+            new = log.read()
+        self._position += len(new)
+        sys.stdout.write(new.decode(errors="replace"))
+        sys.stdout.flush()

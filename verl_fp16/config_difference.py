@@ -1,0 +1,168 @@
+"""What a recipe or a flag changes in verl's configuration, composed by Hydra without importing verl."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verl_fp16.recipe_files import Recipe
+
+PLAIN = "ppo_trainer"
+_SEARCH_PATH = "hydra.searchpath="
+_ROLE = re.compile(r"\$\{verl_fp16:\s*(\w+)\s*\}")
+
+
+class CompositionError(ValueError):
+    """The configuration cannot be composed; the message is Hydra's, on one line."""
+
+
+class _Absent:
+    """A key that one side does not have; null is a value."""
+
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value differs; :data:`ABSENT` where a side does not have it."""
+
+    key: str
+    theirs: Any
+    ours: Any
+
+
+def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = None) -> dict[str, Any]:
+    """verl's PPO configuration with ``overrides``, or a recipe's, with interpolations resolved.
+
+    A value that cannot be resolved here (``${oc.env:...}`` of a variable that is not set, ``${hydra:...}``) stays as it
+    is written, and ``???`` stays ``???``.
+
+    Args:
+        config_dir: verl's own folder of ``ppo_trainer.yaml``.
+
+    Raises:
+        CompositionError: Hydra refuses an override or a defaults list.
+        SettingsError: a setting under ``verl_fp16:`` is wrong.
+    """
+    import yaml
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from verl_fp16.hooks import driver
+
+    own_file = recipe is not None and not recipe.shipped
+    first = recipe.path.parent if own_file else config_dir
+    try:
+        arguments = _behind_own_folder(config_dir, overrides, recipe.path) if own_file else list(overrides)
+        with initialize_config_dir(str(first), version_base=None):
+            config = hydra_compose(recipe.name if recipe else PLAIN, overrides=arguments)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise CompositionError(" ".join(str(error).split())) from None
+    if not driver.is_flag_given(config):
+        driver.refuse_mistyped_flag(config)
+    _fill_in_role_settings(config)
+    return _resolved(config)
+
+
+def _behind_own_folder(config_dir: Path, overrides: Sequence[str], recipe: Path) -> list[str]:
+    """Put verl's folder last on the search path, behind what the command line or else the recipe put there."""
+    from omegaconf import OmegaConf
+
+    given = [o[len(_SEARCH_PATH) :].strip() for o in overrides if o.startswith(_SEARCH_PATH)]
+    kept = [o for o in overrides if not o.startswith(_SEARCH_PATH)]
+    if given:
+        folders = [given[-1][1:-1]] if given[-1] not in ("[]", "null") else []
+    else:
+        written = OmegaConf.select(OmegaConf.load(recipe), "hydra.searchpath") or ()
+        folders = [_quoted(folder) for folder in written]
+    return [f"{_SEARCH_PATH}[{','.join([*folders, _quoted(config_dir.as_uri())])}]", *kept]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _fill_in_role_settings(config: Any) -> None:
+    """Write out ``${verl_fp16:<role>}``, whose resolver answers only where the hooks are in place."""
+    from omegaconf import OmegaConf
+
+    from verl_fp16.hooks.driver import settings_for_role
+
+    for key, value in flatten(OmegaConf.to_container(config, resolve=False)):
+        match = _ROLE.fullmatch(value) if isinstance(value, str) else None
+        if match:
+            OmegaConf.update(config, key, settings_for_role(match[1], config), force_add=True)
+
+
+def _resolved(node: Any) -> Any:
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(node, DictConfig | ListConfig):
+        return node
+    if node._is_none() or node._is_missing():
+        return None if node._is_none() else "???"
+    raw = OmegaConf.to_container(node, resolve=False)
+    keys = list(node.keys()) if isinstance(node, DictConfig) else list(range(len(node)))
+    values = {}
+    for key in keys:
+        try:
+            values[key] = _resolved(node[key])
+        except OmegaConfBaseException:
+            values[key] = raw[key]
+    return values if isinstance(node, DictConfig) else list(values.values())
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf; lists and empty mappings are leaves."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Change]:
+    """The leaves that differ, ours in their order, then those that only they have."""
+    before, after = dict(flatten(theirs)), dict(flatten(ours))
+    keys = [*after, *(key for key in before if key not in after)]
+    pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
+    return [Change(key, old, new) for key, old, new in pairs if type(old) is not type(new) or old != new]
+
+
+def as_text(value: Any) -> str:
+    """A value on one line, as YAML: the string '1' and the number 1 look different."""
+    import yaml
+
+    if value is ABSENT:
+        return repr(value)
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+        .removesuffix("\n...\n")
+        .rstrip("\n")
+    )
+
+
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """A whole configuration as YAML, keys in their order."""
+    import yaml
+
+    return yaml.safe_dump(dict(config), width=float("inf"), sort_keys=False, allow_unicode=True)
+
+
+def unified(theirs: Mapping[str, Any], ours: Mapping[str, Any], label: str) -> str:
+    """A unified diff of the two as YAML; "" where they are equal."""
+    lines = difflib.unified_diff(
+        as_yaml(theirs).splitlines(keepends=True), as_yaml(ours).splitlines(keepends=True), "verl", label
+    )
+    return "".join(lines)
