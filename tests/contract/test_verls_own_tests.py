@@ -48,6 +48,7 @@ WITH_RAY = (
     "single_controller/test_auto_padding_on_cpu.py",
     "single_controller/test_decorator_on_cpu.py",
     "single_controller/test_fused_workers_on_cpu.py",
+    "single_controller/test_ray_utils_on_cpu.py",
 )
 
 # What the run itself saw: a pytest plugin, written beside the copied tests.
