@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,10 +16,11 @@ METHOD = "verl_fp16_report"
 def worker_answers(module: ModuleType) -> Callable[[], None]:
     """Give the class that vLLM mixes into its worker a method that says what the worker runs."""
 
-    def verl_fp16_report(self: Any) -> dict[str, Any]:
+    def verl_fp16_report(self: Any) -> str:
         from verl_fp16.readback.rank import report_rollout_worker
 
-        return report_rollout_worker(self)
+        # What vLLM's queue cannot carry is lost in its engine core without an answer; text it can carry.
+        return json.dumps(report_rollout_worker(self))
 
     return _add_method(module.vLLMColocateWorkerExtension, verl_fp16_report)
 
@@ -48,6 +51,8 @@ async def ask_workers(engine: Any) -> list[dict[str, Any]]:
     client = engine.engine_core
     shards = getattr(client, "core_engines", ())
     if len(shards) < 2:
-        return await engine.collective_rpc(METHOD)
-    calls = (client._call_utility_async("collective_rpc", METHOD, None, (), None, engine=shard) for shard in shards)
-    return [report for reports in await asyncio.gather(*calls) for report in reports]
+        said = [await engine.collective_rpc(METHOD)]
+    else:
+        ask = functools.partial(client._call_utility_async, "collective_rpc", METHOD, None, (), None)
+        said = await asyncio.gather(*(ask(engine=shard) for shard in shards))
+    return [json.loads(report) for reports in said for report in reports]

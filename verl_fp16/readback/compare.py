@@ -128,7 +128,7 @@ def differences(settings: Settings, answers: Sequence[Answer]) -> list[Differenc
         for role, fields in reported.items():
             judge = _rollout_differences if role == "rollout" else _training_differences
             found += judge(settings, answer, role, fields)
-    return found + _mixed(answers)
+    return [*found, *_mixed(answers)]
 
 
 def _process_differences(answer: Answer, trainer: Answer) -> Iterable[Difference]:

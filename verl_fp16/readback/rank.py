@@ -28,7 +28,7 @@ def report_process() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "rank": None,
-        "versions": {"verl_fp16": __version__, "verl": verl.__version__, "torch": torch.__version__},
+        "versions": {"verl_fp16": __version__, "verl": verl.__version__, "torch": str(torch.__version__)},
         "hooks": patcher.status(),
         "roles": {},
     }
