@@ -73,17 +73,22 @@ class Settings:
         rollout_dtype: dtype of vLLM's model.
         loss_scale: the actor's loss scaler; read when ``train_dtype`` is float16.
         critic_loss_scale: the critic's; follows ``loss_scale`` where it is not set.
+        read_back_timeout_s: seconds in which every process has to say what it runs, before the first rollout; > 0.
     """
 
     train_dtype: str = "float16"
     rollout_dtype: str = "float16"
     loss_scale: LossScaleSettings = field(default_factory=LossScaleSettings)
     critic_loss_scale: LossScaleSettings = field(default_factory=LossScaleSettings)
+    read_back_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         for name in ("train_dtype", "rollout_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise SettingsError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+        timeout = self.read_back_timeout_s
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise SettingsError(f"read_back_timeout_s must be a finite number of seconds above 0, got {timeout!r}")
 
     @classmethod
     def from_node(cls, node: Mapping[str, Any]) -> Settings:

@@ -30,8 +30,32 @@ def check_gap(step: dict[str, float]) -> None:
     assert 0 < step["training/rollout_probs_diff_mean"] < 1e-3
 
 
+def check_read_back(run: Run, *roles: str, ranks: int, kind: str) -> None:
+    """Every rank of ``roles``, the servers and the rollout's workers reported, and run as declared."""
+    assert run.read_back["differences"] == []
+    reports = [process["report"] for process in run.read_back["processes"]]
+    assert len(reports) == 1 + 3 * ranks, "the trainer; a rank, a server and a worker for each rank"
+    assert len({report["pid"] for report in reports}) == len(reports), "each spoke for itself"
+    trained = [report for report in reports if set(report["roles"]) - {"rollout"}]
+    assert [report["rank"] for report in trained] == list(range(ranks))
+    for report in trained:
+        assert set(report["roles"]) == set(roles)
+        for role, fields in report["roles"].items():
+            assert (fields["autocast"], fields["fsdp_param"], fields["fsdp"]) == ("float16", ["float16"], [kind])
+            assert (fields["scaler"] is None) == (role == "ref")
+    rolled_out = [report["roles"]["rollout"] for report in reports if "rollout" in report["roles"]]
+    assert len(rolled_out) == ranks
+    for fields in rolled_out:
+        assert (fields["model_dtype"], fields["parameters"], fields["kv_cache"]) == ("float16", *[["float16"]] * 2)
+    assert "What runs, read back before the first rollout" in run.log
+
+
 def check_nothing_left(run: Run) -> None:
     assert run.result.ok, run.result.cause
+    check_clean(run)
+
+
+def check_clean(run: Run) -> None:
     assert run.result.left_alive == ()
     mine = psutil.Process().children(recursive=True)
     assert [p for p in mine if "ray" in p.name() or "VLLM" in p.name()] == []
@@ -52,6 +76,7 @@ def two_ranks(tiny_model: Path, tmp_path_factory) -> Run:
 
 def test_fsdp2_two_ranks_reference_validation(two_ranks):
     check_nothing_left(two_ranks)
+    check_read_back(two_ranks, "actor", "ref", ranks=2, kind="FSDP2")
     for number in (1, 2):
         step = two_ranks.step(number)
         check_fp16_step(step)
@@ -60,8 +85,7 @@ def test_fsdp2_two_ranks_reference_validation(two_ranks):
     assert any(name.startswith("val-core/") for name in two_ranks.step(0))
 
 
-def test_the_rollout_is_fp16_and_the_flag_reached_every_process(two_ranks):
-    assert "'dtype': 'float16'" in two_ranks.log, "the rollout's configuration"
+def test_checkpoint_has_every_rank(two_ranks):
     saved = two_ranks.folder / "checkpoints" / "global_step_2" / "actor"
     assert {path.name for path in saved.glob("model_world_size_2_rank_*.pt")} == {
         "model_world_size_2_rank_0.pt",
@@ -69,12 +93,105 @@ def test_the_rollout_is_fp16_and_the_flag_reached_every_process(two_ranks):
     }
 
 
-def test_checkpoint_is_resumed(two_ranks, tiny_model):
-    run = train(two_ranks.folder, tiny_model, *TWO_RANKS, "trainer.resume_mode=auto", steps=3)
-    check_nothing_left(run)
-    assert [entry.step for entry in run.metrics if entry.step > 0] == [3], "steps 1 and 2 are not repeated"
-    check_fp16_step(run.step(3))
-    check_gap(run.step(3))
+def with_observer(save_at: str, stop_at: int) -> dict:
+    return {"env": {"SEAM_SAVE_AT": save_at, "SEAM_STOP_AT": str(stop_at)}}
+
+
+def check_stopped_by_observer(run: Run, step: int) -> None:
+    """The step's metrics are logged, then the run ends, of itself, with one error that says who and why."""
+    assert not run.result.ok
+    assert run.result.returncode == 1, "it ended by itself"
+    said = f"TrainingStopped: training was stopped at step {step} by seam_observer.watch: the test has seen enough"
+    assert said in run.result.cause
+    check_clean(run)
+    for entry in run.metrics:
+        seen = None if "training/global_step" not in entry.data else float(entry.step)
+        assert entry.data.get("seam/step") == seen, "every training step, and no validation before it"
+    assert run.metrics[-1].step == step
+
+
+def test_resumed_from_the_checkpoint_an_observer_saves_and_stops(two_ranks, tiny_model):
+    run = train(
+        two_ranks.folder,
+        tiny_model,
+        *TWO_RANKS,
+        "trainer.resume_mode=auto",
+        "trainer.val_before_train=true",
+        "trainer.save_freq=4",
+        "actor_rollout_ref.model.external_lib=seam_observer",
+        steps=6,
+        **with_observer("3,4", stop_at=4),
+    )
+    check_stopped_by_observer(run, step=4)
+    assert [entry.step for entry in run.metrics] == [2, 3, 4], "the validation; steps 1 and 2 are not repeated"
+    for number in (3, 4):
+        check_fp16_step(run.step(number))
+        check_gap(run.step(number))
+        assert (run.folder / "checkpoints" / f"global_step_{number}" / "actor").is_dir()
+        assert run.log.count(f"Saving checkpoint to {run.folder}/checkpoints/global_step_{number}") == 1
+
+
+def test_legacy_trainer_with_critic_and_reference_and_an_observer(tiny_model, tmp_path):
+    run = train(
+        tmp_path,
+        tiny_model,
+        *CRITIC,
+        "trainer.use_v1=false",
+        "trainer.val_before_train=true",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.model.external_lib=seam_observer",
+        steps=4,
+        **with_observer("1", stop_at=2),
+    )
+    check_stopped_by_observer(run, step=2)
+    check_read_back(run, "actor", "ref", "critic", ranks=1, kind="FSDP2")
+    assert [entry.step for entry in run.metrics] == [0, 1, 2]
+    for number in (1, 2):
+        check_fp16_step(run.step(number))
+        check_gap(run.step(number))
+    saved = sorted(path.name for path in (run.folder / "checkpoints").glob("global_step_*"))
+    assert saved == ["global_step_1"]
+
+
+def train_with(plants: str, folder: Path, model: Path, *overrides: str) -> Run:
+    library = "actor_rollout_ref.model.external_lib=plants"
+    return train(folder, model, "trainer.n_gpus_per_node=2", library, *overrides, env={"PLANTS": plants})
+
+
+def check_refused(run: Run, *said: str) -> None:
+    assert run.result.returncode == 1, "it ended by itself"
+    check_clean(run)
+    assert run.metrics == [], "no validation, no step"
+    for part in said:
+        assert part in run.log
+
+
+def test_faults_in_single_processes_end_the_run_before_the_first_rollout(tiny_model, tmp_path):
+    plants = "train_rank_1_in_bf16,roll_out_replica_0_in_bf16,leave_the_package_out_of_replica_1s_worker"
+    run = train_with(plants, tmp_path, tiny_model, "trainer.val_before_train=true")
+    check_refused(run)
+    assert "ReadBackError: what runs is not what was declared (training float16, rollout float16)" in run.result.cause
+    found = run.read_back["differences"]
+    for who, what in (
+        ("actor rank 1 (host ", "autocast is bfloat16, declared float16"),
+        ("actor rank 1 (host ", "fsdp_param is bfloat16, declared float16"),
+        ("actor rank 1 (host ", "scaler is None, declared LossScaler"),
+        ("rollout replica 0, worker 0: rollout rank 0 (host ", "model_dtype is bfloat16, declared float16"),
+        ("rollout replica 0, worker 0: rollout rank 0 (host ", "parameters is bfloat16, declared float16"),
+        ("rollout replica 0, worker 0: rollout rank 0 (host ", "kv_cache is bfloat16, declared float16"),
+        ("rollout replica 1 (host ", "did not report"),
+    ):
+        assert [line for line in found if line.startswith(who) and what in line], (who, what, found)
+    named = ("actor rank 1 ", "rollout replica 0, worker 0: ", "rollout replica 1 ")
+    assert all(line.startswith(named) for line in found), found
+
+
+@pytest.mark.slow
+def test_a_silent_rank_ends_the_run_after_the_timeout(tiny_model, tmp_path):
+    run = train_with("silence_rank_1", tmp_path, tiny_model, "verl_fp16.read_back_timeout_s=15")
+    silent = "did not report: no answer within 15 s (verl_fp16.read_back_timeout_s)"
+    check_refused(run, "training worker 1 of 2 (host ", silent)
+    assert len(run.read_back["differences"]) == 1
 
 
 def test_fsdp1_with_critic_and_reference(tiny_model, tmp_path):
@@ -90,6 +207,7 @@ def test_fsdp1_with_critic_and_reference(tiny_model, tmp_path):
         "trainer.save_freq=2",
     )
     check_nothing_left(run)
+    check_read_back(run, "actor", "ref", "critic", ranks=1, kind="FSDP1")
     for number in (1, 2):
         check_fp16_step(run.step(number))
         check_gap(run.step(number))
@@ -100,6 +218,7 @@ def test_fsdp1_with_critic_and_reference(tiny_model, tmp_path):
 def test_lora(tiny_model, tmp_path):
     run = train(tmp_path, tiny_model, "actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
     check_nothing_left(run)
+    check_read_back(run, "actor", ranks=1, kind="FSDP2")
     for number in (1, 2):
         check_fp16_step(run.step(number))
         check_gap(run.step(number))
@@ -118,6 +237,7 @@ def test_siblings_run(tiny_model, tmp_path, precision):
 def test_fsdp2_two_ranks_with_critic(tiny_model, tmp_path):
     run = train(tmp_path, tiny_model, *CRITIC, "trainer.n_gpus_per_node=2")
     check_nothing_left(run)
+    check_read_back(run, "actor", "critic", ranks=2, kind="FSDP2")
     check_fp16_step(run.step(2))
     assert run.step(2)["critic/loss_scale"] == 65536.0
 
@@ -126,6 +246,7 @@ def test_fsdp2_two_ranks_with_critic(tiny_model, tmp_path):
 def test_fsdp1_two_ranks_with_reference_and_checkpoint(tiny_model, tmp_path):
     run = train(tmp_path, tiny_model, *FSDP1, *TWO_RANKS, "trainer.save_freq=2")
     check_nothing_left(run)
+    check_read_back(run, "actor", "ref", ranks=2, kind="FSDP1")
     check_fp16_step(run.step(2))
     check_gap(run.step(2))
     assert (tmp_path / "checkpoints" / "global_step_2" / "actor").is_dir()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,10 @@ class Run:
     def log(self) -> str:
         return self.result.log_path.read_text(errors="replace")
 
+    @property
+    def read_back(self) -> dict:
+        return json.loads((self.folder / "checkpoints" / "verl_fp16" / "read-back.json").read_text())
+
     def step(self, number: int) -> dict[str, float]:
         return next(entry.data for entry in self.metrics if entry.step == number)
 
@@ -49,8 +54,12 @@ def train(
     steps: int = 2,
     timeout_s: float = 420,
     on_tick: Callable[[], object] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Run:
-    """Run ``python -m verl.trainer.main_ppo --config-name quickstart`` with overrides, in ``folder``."""
+    """Run ``python -m verl.trainer.main_ppo --config-name quickstart`` with overrides, in ``folder``.
+
+    Modules beside this one can be named in ``model.external_lib``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "data").exists():
         write_parquet(folder / "data", seed=1, train_rows=256, held_out_pairs=16)
@@ -68,11 +77,18 @@ def train(
             f"+ray_kwargs.ray_init._temp_dir={ray_dir}",
             *overrides,
         ]
-        env = {**os.environ, "VERL_FILE_LOGGER_PATH": str(metrics), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            "VERL_FILE_LOGGER_PATH": str(metrics),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
+            **(env or {}),
+        }
         result = run_supervised(
             command,
             log_path=folder / f"verl-{steps}.log",
-            env=env,
+            env=environment,
             timeout_s=timeout_s,
             stall_timeout_s=180,
             on_tick=on_tick,

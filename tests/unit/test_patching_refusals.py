@@ -95,7 +95,7 @@ def test_a_hook_outside_its_range_is_not_needed(make, version, expected):
     make(version)
     import libpackage
 
-    patcher = Patcher((hook("old", versions="<1.1"), hook("new", "libpackage:Thing.method", versions=">=1.1")), PACKAGE)
+    patcher = Patcher((hook("old", before="1.1"), hook("new", "libpackage:Thing.method", since="1.1")), PACKAGE)
     patcher.require()
     assert (libpackage.free(1), libpackage.Thing().method(1)) == expected
     statuses = sorted(status.partition(":")[0] for status in patcher.status().values())

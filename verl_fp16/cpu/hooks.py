@@ -14,7 +14,7 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.cpu.platform:select_cpu_platform",
         why="verl has no platform cpu, and falls back to nvidia without a GPU",
         how="registers one and selects it",
-        versions=">=0.9",
+        since="0.9",
         until="verl has a platform cpu",
     ),
     Hook(
@@ -23,7 +23,7 @@ CPU_HOOKS: tuple[Hook, ...] = (
         wrapper="verl_fp16.cpu.device:no_accelerator",
         why="verl 0.8 looks for accelerators by itself, and calls functions on torch.cpu that are not there",
         how="lets it see none, and gives it a device module with those functions",
-        versions="<0.9",
+        before="0.9",
         until="verl 0.8 is not supported any more: later ones have platforms",
     ),
     Hook(

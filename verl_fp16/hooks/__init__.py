@@ -2,7 +2,8 @@
 
 One module for each concern: :mod:`~verl_fp16.hooks.driver` (the process that reads the configuration),
 :mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics), :mod:`~verl_fp16.hooks.metrics` (the gap
-between rollout and training).
+between rollout and training), :mod:`~verl_fp16.hooks.trainer` (the read-back before the first rollout, the seam of the
+training step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back).
 """
 
 from verl_fp16.patching import Hook, Package, Patcher, Target
@@ -10,6 +11,7 @@ from verl_fp16.releases import SUPPORTED_VERL
 
 VERL = Package("verl", SUPPORTED_VERL)
 
+_TRAINER = "verl_fp16.hooks.trainer:"
 _FSDP = "verl.workers.engine.fsdp.transformer_impl:"
 
 HOOKS: tuple[Hook, ...] = (
@@ -65,6 +67,73 @@ HOOKS: tuple[Hook, ...] = (
         why="verl logs the gap between probabilities, in which a token of small probability does not show",
         how="adds mean |delta log p|, k3 and the number of non-finite tokens, under mismatch/",
         until="verl logs them",
+    ),
+    Hook(
+        name="trainer.fit",
+        target=Target("verl.trainer.ppo.v1.trainer_base:PPOTrainer.fit"),
+        wrapper=_TRAINER + "fit_what_was_declared",
+        why="verl says nowhere in which precision its processes run, nor that one of them lacks this package",
+        how="asks every process before the first validation or rollout, and stops the run where one differs",
+        since="0.9",
+        until="never: it is ours",
+    ),
+    Hook(
+        name="trainer.legacy_fit",
+        target=Target("verl.trainer.ppo.ray_trainer:RayPPOTrainer.fit"),
+        wrapper=_TRAINER + "fit_what_was_declared",
+        why="as trainer.fit, for trainer.use_v1=false and verl 0.8.0",
+        how="as trainer.fit",
+        until="verl drops the legacy trainer",
+    ),
+    Hook(
+        name="trainer.one_step_off_fit",
+        target=Target("verl.experimental.one_step_off_policy.ray_trainer:OneStepOffRayTrainer.fit"),
+        wrapper=_TRAINER + "fit_what_was_declared",
+        why="as trainer.fit, for the one-step-off trainer, which has a loop of its own",
+        how="as trainer.fit",
+        until="verl drops that trainer",
+    ),
+    Hook(
+        name="trainer.log_step",
+        # The only place that the loops of all trainers pass once a step, with all metrics of it.
+        target=Target("verl.utils.tracking:Tracking.log", ("data", "step", "backend")),
+        wrapper=_TRAINER + "log_training_step",
+        why="verl has no place for what should watch each training step, add to its log, or end the run",
+        how="calls the observers of verl_fp16.training_step with each training step that is logged",
+        until="verl has callbacks for a training step",
+    ),
+    Hook(
+        name="trainer.saved_step",
+        target=Target("verl.trainer.ppo.v1.trainer_base:PPOTrainer._save_checkpoint"),
+        wrapper=_TRAINER + "remember_saved_step",
+        why="an observer's checkpoint of a step that verl has just saved would be written twice",
+        how="notes on the trainer which step was saved",
+        since="0.9",
+        until="verl has callbacks for a training step",
+    ),
+    Hook(
+        name="trainer.legacy_saved_step",
+        target=Target("verl.trainer.ppo.ray_trainer:RayPPOTrainer._save_checkpoint"),
+        wrapper=_TRAINER + "remember_saved_step",
+        why="as trainer.saved_step",
+        how="as trainer.saved_step",
+        until="verl drops the legacy trainer",
+    ),
+    Hook(
+        name="rollout.worker_report",
+        target=Target("verl.workers.rollout.vllm_rollout.utils"),
+        wrapper="verl_fp16.hooks.rollout:worker_answers",
+        why="a vLLM worker's precision can be read in its own process only",
+        how="adds a method to the class that vLLM mixes into its worker",
+        until="never: it is ours",
+    ),
+    Hook(
+        name="rollout.server_report",
+        target=Target("verl.workers.rollout.vllm_rollout.vllm_async_server"),
+        wrapper="verl_fp16.hooks.rollout:server_answers",
+        why="verl's collective_rpc drops what vLLM's workers answer",
+        how="adds a method to verl's vLLM server that returns it",
+        until="verl's server returns what its workers answer",
     ),
 )
 

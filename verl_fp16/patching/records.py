@@ -51,8 +51,8 @@ class Hook:
             calls; :func:`functools.wraps` is applied to the replacement.
         why: what goes wrong without it.
         how: the one thing that it changes.
-        versions: the releases of the package that it is for, as a version specifier; on the other supported releases
-            it is not needed.
+        since: the first release of the package that it is for; "" for all. On earlier ones it is not needed.
+        before: the first release that it is not for any more; "" for none.
         relies_on: further targets that are not changed, but whose bodies the wrapper's meaning rests on.
         upstream: pull request or issue where the same is discussed or done.
         until: when the hook can be removed.
@@ -63,17 +63,20 @@ class Hook:
     wrapper: str
     why: str
     how: str
-    versions: str = ">=0"
+    since: str = ""
+    before: str = ""
     relies_on: tuple[Target, ...] = ()
     upstream: str = ""
     until: str = ""
 
     def is_for(self, version: str) -> bool:
         """Whether ``version`` is in the hook's range. A development version counts as the release it leads to."""
-        from packaging.specifiers import SpecifierSet
         from packaging.version import Version
 
-        return Version(Version(version).base_version) in SpecifierSet(self.versions)
+        release = Version(Version(version).base_version)
+        return not (self.since and release < Version(self.since)) and not (
+            self.before and release >= Version(self.before)
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,105 @@
+"""Hooks on verl's trainers: the read-back before the first validation or rollout, and the seam of the training step.
+
+They act in a trainer whose configuration carries the flag, in the v1 trainer (every mode), the legacy one and the
+one-step-off one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from verl_fp16 import plugin
+from verl_fp16.hooks.driver import is_flag_given, read_settings
+from verl_fp16.training_step import StepRecord, notify_observers
+
+# In the metrics of every training step, in all of verl's trainers, and not in those of the initial validation.
+STEP_KEY = "training/global_step"
+
+logger = logging.getLogger(__name__)
+
+# The trainer whose fit() is running in this process.
+_trainer: Any = None
+_warned = False
+
+
+def fit_what_was_declared(original: Callable[..., Any]) -> Callable[..., Any]:
+    if inspect.iscoroutinefunction(original):
+
+        async def fit(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with _fitting(self):
+                return await original(self, *args, **kwargs)
+    else:
+
+        def fit(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with _fitting(self):
+                return original(self, *args, **kwargs)
+
+    return fit
+
+
+@contextmanager
+def _fitting(trainer: Any) -> Iterator[None]:
+    global _trainer
+    if not is_flag_given(trainer.config):
+        yield
+        return
+    check_what_runs(trainer)
+    _trainer = trainer
+    try:
+        yield
+    finally:
+        _trainer = None
+
+
+def check_what_runs(trainer: Any) -> None:
+    """Ask every process of the run what it runs; print it, write it beside the checkpoints, compare it.
+
+    Raises:
+        ReadBackError: something differs from the declaration, or a process did not report.
+    """
+    from verl_fp16.readback import table
+    from verl_fp16.readback.compare import differences, raise_if_any
+    from verl_fp16.readback.gather import gather
+
+    settings = read_settings(trainer.config)
+    answers = gather(trainer, settings.read_back_timeout_s)
+    found = differences(settings, answers)
+    table.show(answers)
+    raise_if_any(settings, found, str(table.write(trainer.config.trainer.default_local_dir, settings, answers, found)))
+
+
+def log_training_step(original: Callable[..., None]) -> Callable[..., None]:
+    def log(self: Any, data: Any, step: int, backend: Any = None) -> None:
+        if STEP_KEY not in data or not _is_fitting():
+            return original(self, data, step, backend)
+        record = StepRecord(step, data, _trainer)
+        notify_observers(record)
+        original(self, data, step, backend)
+        if record.checkpoint_wanted and getattr(_trainer, "_verl_fp16_saved_step", None) != step:
+            _trainer._save_checkpoint()
+        record.raise_if_stopped()
+
+    return log
+
+
+def _is_fitting() -> bool:
+    global _warned
+    if _trainer is None and plugin.flag_given and not _warned:
+        _warned = True
+        logger.warning(
+            "verl_fp16: the precision flag is set, but this trainer is not one that verl_fp16 knows: what its workers "
+            "run was not read back, and nothing of verl_fp16 watches its steps. Use verl.trainer.main_ppo"
+        )
+    return _trainer is not None
+
+
+def remember_saved_step(original: Callable[..., None]) -> Callable[..., None]:
+    def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._verl_fp16_saved_step = self.global_steps
+
+    return _save_checkpoint
