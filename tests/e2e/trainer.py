@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from releases import release_environment
+
 from verl_fp16.leftovers import ray_temp_dir
 from verl_fp16.quickstart.report import StepMetrics, read_metrics
 from verl_fp16.quickstart.task import write_parquet
@@ -55,11 +57,14 @@ def train(
     timeout_s: float = 420,
     on_tick: Callable[[], object] | None = None,
     env: Mapping[str, str] | None = None,
+    release: str | None = None,
 ) -> Run:
     """Run ``python -m verl.trainer.main_ppo --config-name quickstart`` with overrides, in ``folder``.
 
-    Modules beside this one can be named in ``model.external_lib``.
+    Modules beside this one can be named in ``model.external_lib``. ``release`` is the verl that runs: one of
+    :mod:`releases`, or the installed one.
     """
+    env = {**(release_environment(release) if release else {}), **(env or {})}
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "data").exists():
         write_parquet(folder / "data", seed=1, train_rows=256, held_out_pairs=16)
@@ -82,9 +87,10 @@ def train(
             "VERL_FILE_LOGGER_PATH": str(metrics),
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
-            **(env or {}),
+            **env,
         }
+        path = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), path]))
         result = run_supervised(
             command,
             log_path=folder / f"verl-{steps}.log",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from releases import RELEASES, release_environment
+from releases import RELEASES, release_environment, version_of
 
 _CHILD = """
 import pickle, sys
@@ -74,7 +74,7 @@ def on_ranks(
             **(env or {}),
         }
         log = open(folder / f"log-{rank}.txt", "w")
-        command = [sys.executable, "-c", _CHILD.format(path=sys.path, release=release), str(call)]
+        command = [sys.executable, "-c", _CHILD.format(path=sys.path, release=version_of(release)), str(call)]
         children.append((subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT), log, result))
     try:
         codes = [child.wait(timeout=240) for child, _, _ in children]

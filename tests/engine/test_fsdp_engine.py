@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from ranks import on_ranks
-from releases import RELEASES
+from releases import PATCHED, RELEASES
 
 STRATEGIES = ("fsdp", "fsdp2")
 SEQUENCES = [list(range(start, start + 6 + start % 5)) for start in range(8)]
@@ -36,7 +36,7 @@ def run_calls(calls: dict[str, tuple]) -> dict:
     return {name: globals()[function](*arguments) for name, (function, *arguments) in calls.items()}
 
 
-@pytest.fixture(scope="module", params=RELEASES)
+@pytest.fixture(scope="module", params=(*RELEASES, PATCHED))
 def release(request) -> str:
     """The verl that the engines are of."""
     return request.param
@@ -88,6 +88,7 @@ def train_a_little(model: str, strategy: str, dtype: str, flag: bool, steps: int
     import torch.distributed as dist
 
     from verl_fp16 import standalone
+    from verl_fp16.hooks import patcher
 
     precision = standalone.mixed_precision(dtype)
     if not flag:
@@ -101,6 +102,7 @@ def train_a_little(model: str, strategy: str, dtype: str, flag: bool, steps: int
     ]
     losses = [sum(m["loss"]) if isinstance(m.get("loss"), list) else m.get("loss") for m in metrics]
     return {
+        "hooks": patcher.status(),
         "autocast": engine._autocast_dtype,
         "master": {shard.dtype for shard in _local_shards(engine)},
         "mixed_precision": _fsdp_dtypes(engine),
@@ -119,6 +121,13 @@ def _fsdp_dtypes(engine) -> tuple:
         return module.mixed_precision.param_dtype, module.mixed_precision.reduce_dtype
     policy = module._get_fsdp_state()._mp_policy
     return policy.param_dtype, policy.reduce_dtype
+
+
+def test_hooks_are_on_the_engine_or_in_its_source(release, one_rank):
+    engine_hooks = {name: s for name, s in one_rank["fp16 fsdp2"]["hooks"].items() if name.startswith("engine.")}
+    expected = "not needed: the source of this installation carries it" if release == PATCHED else "applied"
+    assert len(engine_hooks) >= 3
+    assert set(engine_hooks.values()) == {expected}
 
 
 @pytest.mark.parametrize("world_size", (1, 2))
