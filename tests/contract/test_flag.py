@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from verl_fp16 import plugin
 from verl_fp16.hooks import driver
+from verl_fp16.refusal import GuardError
 from verl_fp16.settings import Settings, SettingsError
 
 PRECISIONS = {
@@ -81,6 +82,9 @@ def test_the_flag_changes_only_what_it_says():
         "actor_rollout_ref.model.external_lib",
         "critic.model.external_lib",
         "actor_rollout_ref.actor.fsdp_config.mixed_precision",
+        "actor_rollout_ref.actor.fsdp_config.dtype",
+        "actor_rollout_ref.ref.fsdp_config.dtype",
+        "critic.fsdp.dtype",
         "actor_rollout_ref.ref.fsdp_config.mixed_precision",
         "critic.fsdp.mixed_precision",
         "actor_rollout_ref.rollout.dtype",
@@ -153,16 +157,22 @@ MIXED = "actor_rollout_ref.actor.fsdp_config.mixed_precision"
 @pytest.mark.parametrize(
     ("override", "message"),
     (
-        (f"~{MIXED}.verl_fp16", f"{MIXED}.verl_fp16 was removed by an override: the actor"),
-        (f"{MIXED}.verl_fp16=null", f"{MIXED}.verl_fp16 was removed"),
-        (f"{MIXED}=null", f"{MIXED} was removed"),
-        ("~critic.fsdp.mixed_precision", "critic.fsdp.mixed_precision was removed by an override: the critic"),
-        ("actor_rollout_ref.actor.fsdp_config.model_dtype=fp16", "Set actor_rollout_ref.actor.fsdp_config.model_dtype"),
+        (f"~{MIXED}.verl_fp16", f"1. {MIXED}.verl_fp16=(not set)\n   why: it was removed by an override: the actor"),
+        (f"{MIXED}.verl_fp16=null", f"1. {MIXED}.verl_fp16=null\n   why: it was removed"),
+        (f"{MIXED}=null", f"1. {MIXED}=null\n   why: it was removed"),
+        ("~critic.fsdp.mixed_precision", "1. critic.fsdp.mixed_precision=(not set)"),
+        ("~actor_rollout_ref.ref.fsdp_config", "1. actor_rollout_ref.ref.fsdp_config=(not set)"),
+        ("~verl_fp16", "1. verl_fp16=null"),
+        ("verl_fp16=null", "1. verl_fp16=null"),
+        (
+            "actor_rollout_ref.actor.fsdp_config.model_dtype=fp16",
+            "fix: actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
+        ),
     ),
 )
 def test_a_role_that_is_cut_off_from_the_flag_is_refused(override, message):
     config = composed("+precision=fp16", override, resolve=False)
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(GuardError) as caught:
         driver.check_before_start(lambda _: None)(config)
     assert message in str(caught.value)
 
@@ -186,13 +196,13 @@ def test_the_tripwire_stays_whatever_external_lib_is_set_to(override, modules):
 def test_verls_sft_trainer_refuses_the_group():
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("sft_trainer_engine", overrides=["+precision=fp16"])
-    with pytest.raises(SettingsError, match="PPO entry points"):
+    with pytest.raises(GuardError, match="PPO entry points"):
         driver.check_before_start(lambda _: None)(config)
 
 
 def test_a_mistyped_flag_is_refused():
     config = composed("+precison=fp16", resolve=False)
-    with pytest.raises(SettingsError, match="unknown key precison=fp16: did you mean .precision=fp16"):
+    with pytest.raises(GuardError, match="unknown key precison=fp16: did you mean .precision=fp16"):
         driver.check_before_start(lambda _: None)(config)
 
 
@@ -230,8 +240,9 @@ def launch(*overrides: str, **env: str) -> tuple[int, str]:
 def test_the_flag_without_the_hooks_is_an_error_before_ray_starts(env, message, tmp_path):
     """verl swallows what a plugin raises; the flag must not run without it all the same."""
     code, output = launch("+precision=fp16", f"hydra.run.dir={tmp_path}", **env)
-    assert code != 0
+    assert code == 1
     assert message in output
+    assert "Traceback" not in output
     assert "Started a local Ray instance" not in output
 
 
@@ -240,8 +251,9 @@ def test_a_plugin_that_breaks_surfaces_where_the_flag_is_given(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['verl_fp16.hooks'] = None\n")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     code, output = launch("+precision=fp16", f"hydra.run.dir={tmp_path}", PYTHONPATH=path)
-    assert code != 0
+    assert code == 1
     assert "verl_fp16.hooks" in output
+    assert "Traceback" not in output
     assert "Started a local Ray instance" not in output
 
 
