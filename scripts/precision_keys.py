@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Set every key of verl's configuration that concerns precision to every other legal-looking value, and say what happens.
+"""Set every key of the configuration that concerns precision to every other legal-looking value; say what happens.
 
 python scripts/precision_keys.py [--check]
 
-Writes the table of keys x outcomes to docs/precision-keys.md, or checks that it is current. A value has to be refused or
-warned of by the guard, or to show in what a run reads back from its workers. What does none of these is ``inert``.
+Writes the table of keys x outcomes to docs/precision-keys.md, or checks that it is current. A value has to be refused
+or warned of by the guard, or to show in what a run reads back from its workers. What does none of these is ``inert``.
 """
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import functools
 import importlib
@@ -23,9 +22,11 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl_fp16 import guard
+from verl_fp16 import guard, plugin
 from verl_fp16.findings import Finding, errors
 from verl_fp16.guard.case import ABSENT, FSDP_SPELLINGS, GENERATION, NODE, ROLES, VLLM_SPELLINGS, Case, dtype_of
+from verl_fp16.guard.optimizer import FULL_PRECISION
+from verl_fp16.guard.weight_sync import EXACT
 from verl_fp16.hooks import driver
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ BASES = {
 
 # A key concerns precision if its name or its value looks like it. Wide on purpose.
 CONCERNS = re.compile(
-    r"dtype|precision|quant|qat|fp8|fp16|bf16|float|autocast|(^|[._])amp|scal|log_?probs?|bypass|loss_mode|top_p|top_k"
+    r"dtype|precision|quant|qat|fp8|fp16|bf16|float|autocast|(^|[._])amp|scal|log_?probs?|bypass|top_p|top_k"
     r"|temperature|strategy|model_engine|micro_batch_size|dynamic_bsz|token_len_per_gpu|merge|optimizer|fused|liger|kernel"
     r"|attn|kv_cache|checkpoint_engine\.backend|rollout\.name|no_sync|forward_only",
     re.IGNORECASE,
@@ -56,10 +57,58 @@ A_DTYPE = re.compile(r"(torch\.)?(b?float\d*|half|double|fp\d+|bf16|int[48]|w\d+
 NOT_PRECISION = {
     "*.loss_scale_factor": "divides the sum over tokens in the loss: a constant, in float32",
     "*.mtp_loss_scaling_factor": "weight of the loss of multi-token prediction",
-    "*.top_k_reward": "",
+    "*.optimizer_offload": "where the optimizer's state is kept, not in which dtype",
+    "*.qat.[!e]*": "read only where qat.enable is set, which is refused",
+    "*.ppo_micro_batch_size": "the old name, which verl refuses beside ..._per_gpu",
+    "*.rollout.log_prob_micro_batch_size": "the old name, which verl refuses beside ..._per_gpu",
+    "*.use_dynamic_bsz": "how batches are cut; where it is set, the limits of log-prob and update are compared",
+    "*.actor.ppo_max_token_len_per_gpu": "read with use_dynamic_bsz only; the other limit follows it",
+    "*.rollout.log_prob_max_token_len_per_gpu": "read with use_dynamic_bsz only, and then compared with the update's",
+    "*.ref.log_prob_*": "batches of the reference policy: no rollout's log-probs are compared with them",
+    "*.ref.fsdp_config.use_no_sync_*": "the reference policy has no gradients",
+    "critic.*micro_batch_size*": "batches of the critic: nothing of the rollout is compared with its values",
+    "critic.*token_len_per_gpu": "batches of the critic: nothing of the rollout is compared with its values",
+    "critic.model.lora.merge": "the critic's weights are not sent to a rollout",
+    "*precision_debugger.*": "settings of a profiler",
+    "actor_rollout_ref.rollout.temperature": "in both sides' log-probs while logprobs_mode is processed_logprobs; "
+    "warned of otherwise",
+    "*.val_kwargs.*": "sampling in validation, whose log-probs are compared with nothing",
+    "*.fused_kernel_options.impl_backend": "read only where use_fused_kernels is set, which is warned of",
+    "reward_model.*": "a model of its own: its scores are compared with no log-probs",
+    "reward.*": "a model of its own: its scores are compared with no log-probs",
+    "distillation.distillation_loss.log_prob_min_clamp": "a bound in the distillation loss, in float32",
+    "distillation.*.temperature": "the temperature of the teacher, not a dtype",
+    "trainer.v1.sampler.max_off_policy_strategy": "what is done with old samples",
+}
+
+# Values that mean what is there already, though they are written otherwise; with the reason.
+MEAN_THE_SAME = {
+    "*strategy": (("fsdp", "fsdp2"), "both FSDP engines read the same dtypes"),
+    "*.optim.optimizer": (FULL_PRECISION, "the moments are float32, as AdamW's are"),
+    "actor_rollout_ref.rollout.name": (("vllm",), "the rollout that is covered; verl needs a name"),
+    "actor_rollout_ref.rollout.top_k": ((-1, 0), "off"),
+    "*.checkpoint_engine.backend": (EXACT, "weights are sent in the dtype that they have"),
+}
+# Keys that may be missing, because nothing reads them or the code has the same default; verl's dataclasses are asked
+# for the rest.
+DEFAULTS_IN_CODE = {
+    "*.mixed_precision.param_dtype": "bf16 in FSDPEngine._build_fsdp_module; refused where another dtype is declared",
+    "*strategy": "fsdp in verl's dataclasses",
+    "actor_rollout_ref.rollout.name": "verl stops without it",
+    "model_engine": "the group is applied when the configuration is composed",
+    "*.fsdp_config.dtype": "nothing reads it",
+    "critic.fsdp.dtype": "nothing reads it",
+    "*.turbo_config.*": "read by an engine that is refused",
+    "*.mixed_precision.reduce_dtype": "fp32 in FSDPEngine._build_fsdp_module",
+    "*.mixed_precision.buffer_dtype": "fp32 in FSDPEngine._build_fsdp_module",
+    "*.lora.merge": "false in FSDPEngine.get_per_tensor_param",
+    "*.qat.enable": "false where it is read",
+    "algorithm.rollout_correction.bypass_mode": "false where it is read",
+    "verl_fp16.critic_loss_scale.*": "the default of verl_fp16/settings.py",
 }
 
 REMOVED = "(removed)"
+NO_SYNC = "use_no_sync_for_gradient_accumulation"
 SPELLINGS = (
     *(16, "16", "fp16", "float16", "half", "torch.float16"),
     *("bf16", "bfloat16", "torch.bfloat16"),
@@ -133,18 +182,29 @@ class Walk:
     """One composed configuration, and what happens when one key of it is changed."""
 
     def __init__(self, overrides: tuple[str, ...]) -> None:
+        plugin.require_active()  # the flag's values need its resolver
         with initialize_config_module("verl.trainer.config", version_base=None):
-            self.config: DictConfig = compose("ppo_trainer", overrides=list(overrides))
-        self.container, _ = driver.resolved(self.config)
-        self.settings, _ = driver.read_node(self.config)
+            config = compose("ppo_trainer", overrides=list(overrides))
+        self.container, unresolved = driver.resolved(config)
+        if unresolved:
+            raise ValueError(f"{overrides}: {unresolved}")
+        self.settings, _ = driver.read_node(config)
         self.verl = driver.installed_verl()
-        self.base = set(map(_identity, self._check(self.container)))
+        self.base = set(map(_identity, guard.check(self.container, self.settings, verl=self.verl)))
         self.shown = read_back(self.container, self.verl)
-        text = OmegaConf.to_yaml(self.config, resolve=False)
-        self.sources = set(re.findall(r"\$\{(?:oc\.select:)?\s*([A-Za-z_][\w.]*)", text)) | {NODE}
+        self.sources, self.interpolated = self._interpolated(config)
 
-    def _check(self, container: Mapping[str, Any]) -> list[Finding]:
-        return guard.check(container, self.settings, verl=self.verl)
+    def _interpolated(self, config: DictConfig) -> tuple[set[str], DictConfig]:
+        """What other keys are made from, and the configuration with these interpolations alone: resolved fast."""
+        written = {key: str(value) for key, value in leaves(OmegaConf.to_container(config, resolve=False))}
+        sources = set(re.findall(r"\$\{(?:oc\.select:)?\s*([A-Za-z_][\w.]*)", " ".join(written.values())))
+        of_precision = [key for key, value in leaves(self.container) if concerns_precision(key, value)]
+        sources = {NODE} | {source for source in sources if any(_is_at(key, source) for key in of_precision)}
+        container = self.container
+        for key, text in written.items():
+            if any(source in text for source in sources) and "${" in text:
+                container = with_value(container, key, text)
+        return sources, OmegaConf.create(container)
 
     def rows(self) -> Iterator[Row]:
         """Every key that concerns precision, at every other value."""
@@ -155,11 +215,11 @@ class Walk:
 
     def row(self, key: str, value: Any) -> Row:
         """What happens when ``key``, which may be new, is set to ``value``."""
-        if any(key == source or key.startswith(f"{source}.") for source in self.sources):
+        if any(_is_at(key, source) for source in self.sources):
             findings, container = self._resolved_anew(key, value)
         else:
             container = with_value(self.container, key, value)
-            findings = self._check(container)
+            findings = guard.check(container, self.settings, verl=self.verl)
         new = [finding for finding in findings if _identity(finding) not in self.base]
         if new:
             return Row(key, value, "refused" if errors(new) else "warned", new[0].why)
@@ -171,27 +231,48 @@ class Walk:
 
     def _resolved_anew(self, key: str, value: Any) -> tuple[list[Finding], dict[str, Any]]:
         """For a key that others interpolate: set in the configuration itself, as an override is."""
-        config = copy.deepcopy(self.config)
-        with open_dict(config):
-            if value == REMOVED:
-                parent, _, name = key.rpartition(".")
-                node = OmegaConf.select(config, parent) if parent else config
-                node.pop(name, None)
-            else:
-                OmegaConf.update(config, key, value, force_add=True)
-        return driver.examine(config), driver.resolved(config)[0]
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(self.interpolated, parent)
+        before = OmegaConf.to_container(node, resolve=False).get(name, REMOVED)
+        try:
+            _set(node, name, value)
+            settings, found = driver.read_node(self.interpolated)
+            container, unresolved = driver.resolved(self.interpolated, placeholders=settings is None)
+            return [*found, *unresolved, *guard.check(container, settings, verl=self.verl)], container
+        finally:
+            _set(node, name, before)
+
+    def _is_fsdp2(self, key: str) -> bool:
+        """Whether ``key`` is the deferred gradient sync of a role on FSDP2."""
+        section = next((role.section for role in ROLES if key == f"{role.engine}.{NO_SYNC}"), "")
+        return Case(self.container, None, self.verl).get(f"{section}.strategy") == "fsdp2"
 
     def means_the_same(self, key: str, value: Any) -> bool:
         """Whether ``value`` is another way to write what is there: in the reader's spelling, or verl's own default."""
         before = Case(self.container, None, self.verl).get(key)
         if value == REMOVED:
-            return before is ABSENT or default_of(self.container, key) == before or before is None
-        for spellings in (VLLM_SPELLINGS if key.startswith((GENERATION, "distillation")) else FSDP_SPELLINGS,):
-            if dtype_of(value, spellings) is not None and dtype_of(value, spellings) == dtype_of(before, spellings):
+            known = any(fnmatch.fnmatchcase(key, pattern) for pattern in DEFAULTS_IN_CODE)
+            return known or before is None or default_of(self.container, key) == before or self._is_fsdp2(key)
+        spellings = VLLM_SPELLINGS if key.startswith((GENERATION, "distillation")) else FSDP_SPELLINGS
+        if dtype_of(value, spellings) is not None and dtype_of(value, spellings) == dtype_of(before, spellings):
+            return True
+        for pattern, (values, _) in MEAN_THE_SAME.items():
+            if fnmatch.fnmatchcase(key, pattern) and value in values:
                 return True
-        if key.endswith("strategy"):
-            return value in ("fsdp", "fsdp2")
+        if key.endswith(NO_SYNC):
+            return self._is_fsdp2(key)  # which adds gradients up in float32 either way
         return value == before and isinstance(value, bool) == isinstance(before, bool)
+
+
+def _is_at(key: str, place: str) -> bool:
+    return key == place or key.startswith(f"{place}.")
+
+
+def _set(node: DictConfig, name: str, value: Any) -> None:
+    with open_dict(node):
+        node.pop(name, None)
+        if value != REMOVED:
+            node[name] = value
 
 
 def _identity(finding: Finding) -> tuple[str, str, str]:
@@ -212,20 +293,10 @@ def with_value(container: Mapping[str, Any], key: str, value: Any) -> dict[str, 
     return copied
 
 
-# Where no dataclass says it: the defaults in the code of FSDPEngine._build_fsdp_module and of the trainers.
-DEFAULTS_IN_CODE = {
-    "*.mixed_precision.reduce_dtype": "fp32",
-    "*.mixed_precision.buffer_dtype": "fp32",
-}
-
-
 def default_of(container: Mapping[str, Any], key: str) -> Any:
     """What verl takes where ``key`` is missing: its dataclass's default."""
-    for pattern, value in DEFAULTS_IN_CODE.items():
-        if fnmatch.fnmatchcase(key, pattern):
-            return value
     parent, _, name = key.rpartition(".")
-    target = Case(container, None, "").get(f"{parent}._target_" if parent else "_target_", None)
+    target = Case(container, None, "").get(f"{parent}._target_", None)
     return _field_defaults(target).get(name, ABSENT) if isinstance(target, str) else ABSENT
 
 
@@ -255,3 +326,101 @@ def read_back(container: Mapping[str, Any], verl: str) -> dict[str, Any]:
         shown[f"{role.name} attention"] = case.get(f"{model}.override_config.attn_implementation", "flash_attention_2")
     shown["rollout model"] = dtype_of(case.get(f"{GENERATION}.dtype", "bfloat16"), VLLM_SPELLINGS)
     return shown
+
+
+# Keys that nobody knows, added with +.
+ADDED = (
+    *(
+        (f"{role.engine}.mixed_precision.{name}", "float16")
+        for role in ROLES
+        for name in ("foo", "param_dtyp", "dtype")
+    ),
+    *((f"{role.engine}.{name}", "float16") for role in ROLES for name in ("dtypes", "param_dtype", "autocast_dtype")),
+    *((f"{role.section}.{name}", "float16") for role in ROLES for name in ("dtype", "precision", "model_dtype")),
+    *((f"{GENERATION}.{name}", "fp8") for name in ("dtypes", "kv_cache_dtype", "model_dtype")),
+    *(
+        (f"{GENERATION}.engine_kwargs.vllm.{name}", "bfloat16")
+        for name in ("dtype", "kv_cache_dtype", "kv-cache-dtype")
+    ),
+    *(
+        (f"{GENERATION}.engine_kwargs.vllm.{name}", "fp8")
+        for name in ("quantization", "kv_cache_dtype", "mamba_cache_dtype")
+    ),
+    (f"{GENERATION}.engine_kwargs.vllm.logprobs_mode", "raw_logits"),
+    (f"{GENERATION}.engine_kwargs.vllm.hf_overrides", {"torch_dtype": "bfloat16"}),
+    (f"{GENERATION}.engine_kwargs.sglang.dtype", "float16"),
+    *((f"actor_rollout_ref.model.override_config.{name}", "bfloat16") for name in ("dtype", "torch_dtype")),
+    ("critic.model.override_config.torch_dtype", "bfloat16"),
+    ("actor_rollout_ref.model.torch_dtype", "bfloat16"),
+    ("actor_rollout_ref.actor.optim.override_optimizer_config.exp_avg_dtype", "bf16"),
+    ("verl_fp16.x", 1),
+    ("verl_fp16.loss_scale.grow_factor", 2.0),
+)
+
+
+def results() -> dict[str, tuple[list[Row], list[Row]]]:
+    """For each of :data:`BASES`: its keys at other values, and keys that are new."""
+    walks = {name: Walk(overrides) for name, overrides in BASES.items()}
+    return {name: (list(walk.rows()), [walk.row(*added) for added in ADDED]) for name, walk in walks.items()}
+
+
+def document(found: Mapping[str, tuple[list[Row], list[Row]]]) -> str:
+    """The table, as Markdown."""
+    lines = [
+        "# Settings that concern precision",
+        "",
+        "<!-- Written by scripts/precision_keys.py. -->",
+        "",
+        "What happens when one key of a configuration with the flag is set to another value. *Refused* and *warned*:",
+        "by the guard, before Ray starts. *Read back*: the value lands in what the run reads back from its workers.",
+        "*Same*: another spelling of what is there, or verl's own default. *Inert*: accepted and ignored.",
+    ]
+    for name, overrides in BASES.items():
+        rows, added = found[name]
+        lines += ["", f"## {name}", "", f"`{' '.join(overrides)}`", "", _counts(rows, added), "", *_table(rows, added)]
+    lines += ["", "## Keys that only look like precision", "", "| key | why not |", "|---|---|"]
+    lines += [f"| `{pattern}` | {reason} |" for pattern, reason in NOT_PRECISION.items()]
+    return "\n".join([*lines, ""])
+
+
+OUTCOMES = ("refused", "warned", "read back", "same", "inert")
+
+
+def _counts(rows: list[Row], added: list[Row]) -> str:
+    every = [*rows, *added]
+    counts = [f"{sum(row.outcome == outcome for row in every)} {outcome}" for outcome in OUTCOMES]
+    return f"{len({row.key for row in every})} keys, {len(every)} rows: {', '.join(counts)}."
+
+
+def _table(rows: list[Row], added: list[Row]) -> list[str]:
+    lines = [f"| key | {' | '.join(OUTCOMES)} |", f"|---|{'---|' * len(OUTCOMES)}"]
+    new = {row.key for row in added}
+    for key in dict.fromkeys(row.key for row in [*rows, *added]):
+        cells = [
+            _cell([row for row in [*rows, *added] if row.key == key and row.outcome == outcome]) for outcome in OUTCOMES
+        ]
+        lines.append(f"| `{'+' if key in new else ''}{key}` | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(rows: list[Row], longest: int = 6) -> str:
+    values = [str(row.value) if isinstance(row.value, str) else repr(row.value) for row in rows]
+    rest = f" and {len(values) - longest} more" if len(values) > longest else ""
+    return ", ".join(f"`{value}`" for value in values[:longest]) + rest
+
+
+def main() -> int:
+    """Write the table, or with ``--check`` say whether it is current."""
+    text = document(results())
+    if "--check" in sys.argv[1:]:
+        current = TABLE.exists() and TABLE.read_text() == text
+        if not current:
+            print("docs/precision-keys.md is stale: run scripts/precision_keys.py", file=sys.stderr)
+        return 0 if current else 1
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

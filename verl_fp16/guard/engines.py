@@ -59,9 +59,10 @@ def quantization_aware_training(case: Case) -> Iterator[Finding]:
 
 def deferred_gradient_sync(case: Case) -> Iterator[Finding]:
     """FSDP1's ``no_sync`` accumulates unsharded gradients in the parameters' dtype (torch, ``_post_backward_hook``)."""
+    by_default = case.verl not in ("0.8.0", "0.9.0")  # which have no such key; later, the dataclass says true
     for role in case.roles:
         key = f"{role.engine}.use_no_sync_for_gradient_accumulation"
-        value = case.get(key, False)
+        value = case.get(key, by_default)
         if (
             value is False
             or role.forward_only
@@ -73,7 +74,7 @@ def deferred_gradient_sync(case: Case) -> Iterator[Finding]:
             f"FSDP1 would add up the micro-batches' gradients in {case.train}, before the reduction in float32; FSDP2 "
             "adds them up in float32"
         )
-        yield Finding("warning", key, value, why, (f"{key}=false",), f"or {role.section}.strategy=fsdp2")
+        yield Finding("warning", key, value, why, (case.set_to(key, "false"),), f"or {role.section}.strategy=fsdp2")
 
 
 RULES = (strategies, turbo_dtypes, quantization_aware_training, deferred_gradient_sync)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,7 +20,7 @@ from verl_fp16.guard.case import (
     Role,
     dtype_of,
 )
-from verl_fp16.settings import Settings
+from verl_fp16.settings import SCALES, LossScaleSettings, Settings
 
 _KNOWN_DTYPES = "verl knows fp16, float16, bf16, bfloat16, fp32, float32"
 
@@ -112,6 +112,18 @@ def payloads(case: Case) -> Iterator[Finding]:
         yield Finding("error", key, found, why, (f"{key}=${{{NODE}:{role.name}}}",), f"set {source} or {TRAIN} instead")
 
 
+def idle_scaler(case: Case) -> Iterator[Finding]:
+    """Settings of a loss scaler where there is none: only float16 training has one."""
+    if case.settings is None or case.train in (None, "float16"):
+        return
+    for name in SCALES:
+        for field in fields(LossScaleSettings):
+            key, value = f"{NODE}.{name}.{field.name}", getattr(getattr(case.settings, name), field.name)
+            if value != field.default:
+                why = f"training in {case.train} has no loss scaler: nothing reads this setting"
+                yield Finding("warning", key, value, why, (f"{key}={field.default}",))
+
+
 def master_weights(case: Case) -> Iterator[Finding]:
     """``model_dtype`` is the dtype of the master weights (``FSDPEngine._build_module``); verl's default is fp32."""
     for role in case.roles:
@@ -147,14 +159,14 @@ def trained_or_not(case: Case) -> Iterator[Finding]:
     """``forward_only`` leaves out optimizer and scaler, and in FSDP1 offloads the parameters."""
     for role in case.roles:
         key = f"{role.engine}.forward_only"
-        value = case.get(key, role.forward_only)
+        value = case.get(key, False)
         if value is not role.forward_only:
             why = (
                 "the reference policy would get an optimizer and a loss scaler, for which the flag declares no settings"
                 if role.forward_only
                 else f"the {role.name} would get neither optimizer nor loss scaler"
             )
-            yield Finding("error", key, value, why, (f"{key}={str(role.forward_only).lower()}",))
+            yield Finding("error", key, value, why, (case.set_to(key, str(role.forward_only).lower()),))
 
 
 _KNOWN_OF_ENGINE = {"dtype", "model_dtype", "mixed_precision"}
@@ -174,4 +186,4 @@ def unknown_keys(case: Case) -> Iterator[Finding]:
                 yield Finding("error", f"{place}.{name}", value, f"verl has no such key: {hint}", (f"~{place}.{name}",))
 
 
-RULES = (mixed_precision, payloads, master_weights, dead_dtype, trained_or_not, unknown_keys)
+RULES = (mixed_precision, payloads, idle_scaler, master_weights, dead_dtype, trained_or_not, unknown_keys)

@@ -148,12 +148,12 @@ def teachers(case: Case) -> Iterator[Finding]:
     """A distillation teacher runs in vLLM too; in verl's own file its dtype follows the rollout's."""
     for name in case.children(TEACHERS):
         key = f"{TEACHERS}.{name}.inference.dtype"
-        value = case.get(key)
-        if case.rollout is None or value is ABSENT or value == case.get(f"{GENERATION}.dtype"):
+        value = case.get(key, "bfloat16")  # verl's dataclass
+        if case.rollout is None or value == case.get(f"{GENERATION}.dtype"):
             continue  # it follows: what is wrong is told of the rollout
         if dtype_of(value, VLLM_SPELLINGS) != case.rollout:
             why = f"the teacher's log-probs would be computed in another dtype than the declared {case.rollout}"
-            yield Finding("warning", key, value, why, (f"{key}={case.rollout}",))
+            yield Finding("warning", key, value, why, (case.set_to(key, case.rollout),))
 
 
 RULES = (
