@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -244,6 +246,72 @@ def test_the_flag_without_the_hooks_is_an_error_before_ray_starts(env, message, 
     assert message in output
     assert "Traceback" not in output
     assert "Started a local Ray instance" not in output
+
+
+def test_every_contradiction_is_told_at_once_and_nothing_is_started(tmp_path):
+    """Of verl's own launcher: one message, exit code 1, no traceback, no process left, in seconds."""
+    before, used = set(psutil.pids()), resource.getrusage(resource.RUSAGE_CHILDREN)
+    code, output = launch(
+        "+precision=fp16",
+        "actor_rollout_ref.rollout.dtype=bfloat16",
+        "actor_rollout_ref.actor.fsdp_config.dtype=banana",
+        "critic.strategy=veomni",
+        "verl_fp16.loss_scale.growth_factor=1",
+        "+verl_fp16.los_scale=3",
+        "actor_rollout_ref.rollout.top_p=0.9",
+        f"hydra.run.dir={tmp_path}",
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert code == 1
+    assert "5 settings contradict the precision flag (training float16, rollout float16). Nothing was started" in output
+    for key in ("rollout.dtype=bfloat16", "dtype=banana", "critic.strategy=veomni", "growth_factor=1", "los_scale=3"):
+        assert key in output
+    assert "Traceback" not in output and "Started a local Ray instance" not in output
+    new = [process for process in psutil.process_iter() if process.pid not in before]
+    assert [process for process in new if str(tmp_path) in " ".join(_command(process))] == []
+    # Seconds of processor time: what it takes on a machine that does nothing else.
+    assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 15
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_warning_lets_the_run_go_on_and_is_told_once(capsys):
+    config = composed("+precision=fp16", "actor_rollout_ref.rollout.top_p=0.9", resolve=False)
+    driver.check_before_start(lambda _: None)(config)
+    told = capsys.readouterr().err
+    assert told.count("actor_rollout_ref.rollout.top_p=0.9") == 1
+    assert "1 warning; the run goes on" in told
+
+
+def test_wrong_settings_and_contradictions_come_out_together():
+    config = composed("+precision=fp16", "verl_fp16.train_dtype=fp17", "critic.strategy=veomni", resolve=False)
+    keys = [finding.key for finding in driver.examine(config)]
+    assert keys == ["verl_fp16.train_dtype", "critic.strategy"], "roles are not held against a dtype that is none"
+
+
+def test_an_interpolation_that_leads_nowhere_is_an_error_of_its_own():
+    config = composed("+precision=fp16", "critic.strategy=${nowhere}", resolve=False)
+    found = driver.examine(config)
+    assert [finding.key for finding in found if finding.severity == "error"] == ["critic.strategy"]
+
+
+@pytest.mark.parametrize("dtype", ("float16", "fp16"))
+def test_without_the_flag_the_dead_key_is_told_of_in_one_line(dtype, capsys):
+    key = "actor_rollout_ref.actor.fsdp_config.dtype"
+    config = composed(f"{key}={dtype}", resolve=False)
+    before = OmegaConf.to_yaml(config)
+    driver.check_before_start(lambda _: None)(config)
+    told = capsys.readouterr().err
+    assert f"{key}={dtype} is not read by verl 0.9.1" in told and "+precision=fp16" in told
+    assert told.count("\n") == 1
+    assert OmegaConf.to_yaml(config) == before
+    driver.check_before_start(lambda _: None)(composed(resolve=False))
+    assert capsys.readouterr().err == "", "verl's default is not told of"
 
 
 def test_a_plugin_that_breaks_surfaces_where_the_flag_is_given(tmp_path):
