@@ -14,11 +14,13 @@ def _plugin_not_loaded(role: str) -> None:
     """Answers ``${verl_fp16:<role>}`` until the plugin registers the real answer."""
     loaded = "verl_fp16.plugin" in sys.modules
     from verl_fp16 import plugin  # if it cannot be imported, this says why, which verl kept to itself
+    from verl_fp16.refusal import one_message
 
-    if not loaded:
-        raise plugin.not_loaded()
-    plugin.require_active()
-    raise plugin.PluginNotActive("the verl_fp16 plugin is in place, but its resolver is not: it was imported too late")
+    with one_message(plugin.PluginNotActive):
+        if not loaded:
+            raise plugin.not_loaded()
+        plugin.require_active()
+        raise plugin.PluginNotActive("the verl_fp16 plugin is in place, but its resolver is not: imported too late")
 
 
 if not OmegaConf.has_resolver("verl_fp16"):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from verl_fp16.findings import Finding
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -18,7 +20,11 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**100
 
 
 class SettingsError(ValueError):
-    """A setting is unknown, of the wrong type or out of range; the message names the key and the fix."""
+    """Settings are unknown, of the wrong type or out of range; the message names every key and the fix."""
+
+    def __init__(self, message: str, findings: tuple[Finding, ...] = ()) -> None:
+        super().__init__(message)
+        self.findings = findings
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class LossScaleSettings:
         min: the scale never falls below it; > 0.
 
     ``init`` and ``min`` lie between 2^-100 and 2^100, so that the scale and its reciprocal are ordinary in float32.
+
+    Raises:
+        SettingsError: naming every field that is wrong.
     """
 
     init: float = 65536.0
@@ -42,26 +51,35 @@ class LossScaleSettings:
     min: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("init", "growth_factor", "backoff_factor", "min"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise SettingsError(f"loss_scale.{name} must be a finite number, got {value!r}")
-        if isinstance(self.growth_interval, bool) or not isinstance(self.growth_interval, int):
-            raise SettingsError(
-                f"loss_scale.growth_interval must be an integer without point or exponent, got {self.growth_interval!r}"
-            )
-        if not self.min >= SMALLEST_SCALE:
-            raise SettingsError(f"loss_scale.min must be at least {SMALLEST_SCALE:g}, got {self.min}")
-        if self.init > LARGEST_SCALE:
-            raise SettingsError(f"loss_scale.init must be at most {LARGEST_SCALE:g}, got {self.init}")
-        if not self.init >= self.min:
-            raise SettingsError(f"loss_scale.init must be at least loss_scale.min ({self.min}), got {self.init}")
-        if not self.growth_factor > 1:
-            raise SettingsError(f"loss_scale.growth_factor must be above 1, got {self.growth_factor}")
-        if not 0 < self.backoff_factor < 1:
-            raise SettingsError(f"loss_scale.backoff_factor must lie between 0 and 1, got {self.backoff_factor}")
-        if self.growth_interval < 1:
-            raise SettingsError(f"loss_scale.growth_interval must be at least 1, got {self.growth_interval}")
+        complaints = [f"loss_scale.{name} {complaint}" for name, complaint in _scale_complaints(vars(self))]
+        if complaints:
+            raise SettingsError("; ".join(complaints))
+
+
+def _scale_complaints(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The wrong fields of a complete mapping of a loss scaler's settings, each with what it has to be."""
+    wrong = set()
+    for name in ("init", "growth_factor", "backoff_factor", "min"):
+        value = values[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            wrong.add(name)
+            yield name, f"must be a finite number, got {value!r}"
+    init, growth, backoff = values["init"], values["growth_factor"], values["backoff_factor"]
+    interval, smallest = values["growth_interval"], values["min"]
+    if isinstance(interval, bool) or not isinstance(interval, int):
+        yield "growth_interval", f"must be an integer without point or exponent, got {interval!r}"
+    elif interval < 1:
+        yield "growth_interval", f"must be at least 1, got {interval}"
+    if "growth_factor" not in wrong and not growth > 1:
+        yield "growth_factor", f"must be above 1, got {growth}"
+    if "backoff_factor" not in wrong and not 0 < backoff < 1:
+        yield "backoff_factor", f"must lie between 0 and 1, got {backoff}"
+    if "min" not in wrong and not smallest >= SMALLEST_SCALE:
+        yield "min", f"must be at least {SMALLEST_SCALE:g}, got {smallest}"
+    if "init" not in wrong and init > LARGEST_SCALE:
+        yield "init", f"must be at most {LARGEST_SCALE:g}, got {init}"
+    elif not wrong & {"init", "min"} and not init >= smallest:
+        yield "init", f"must be at least loss_scale.min ({smallest}), got {init}"
 
 
 @dataclass(frozen=True)
@@ -95,27 +113,62 @@ class Settings:
         """Build from the resolved node ``verl_fp16:``.
 
         Raises:
-            SettingsError: an unknown key (the nearest right one is named) or an invalid value.
+            SettingsError: listing every unknown key (with the nearest right one) and every invalid value.
         """
-        node = dict(node)
-        scales = {
-            name: _from_mapping(LossScaleSettings, node.pop(name), f"verl_fp16.{name}")
-            for name in ("loss_scale", "critic_loss_scale")
-            if name in node
-        }
-        return _from_mapping(cls, {**node, **scales}, "verl_fp16")
+        found = tuple(_problems(node))
+        if found:
+            raise SettingsError("; ".join(f"{finding.key} {finding.why}" for finding in found), found)
+        scales = {name: LossScaleSettings(**node[name]) for name in SCALES if name in node}
+        return cls(**{**node, **scales})
 
 
-def _from_mapping(kind: type, values: Any, key: str) -> Any:
+SCALES = ("loss_scale", "critic_loss_scale")
+
+
+def _problems(node: Any, key: str = "verl_fp16") -> Iterator[Finding]:
+    if not isinstance(node, Mapping):
+        yield _not_a_mapping(node, key)
+        return
+    yield from _unknown_keys(node, Settings, key)
+    for name in ("train_dtype", "rollout_dtype"):
+        value = node.get(name, DTYPES[0])
+        if value not in DTYPES:
+            why = f"must be one of {', '.join(DTYPES)}, got {value!r}"
+            yield Finding("error", f"{key}.{name}", value, why, advice="use one of the groups precision=...")
+    told = set()
+    for name in SCALES:
+        for finding in _scale_problems(node.get(name, {}), f"{key}.{name}"):
+            # The critic's follow the actor's: what is said of the one needs no repetition for the other.
+            said = finding.key.rpartition(".")[2], repr(finding.value), finding.why
+            if name == SCALES[0] or said not in told:
+                yield finding
+            told.add(said)
+
+
+def _scale_problems(values: Any, key: str) -> Iterator[Finding]:
     if not isinstance(values, Mapping):
-        raise SettingsError(f"{key} must be a mapping, got {values!r}")
+        yield _not_a_mapping(values, key)
+        return
+    yield from _unknown_keys(values, LossScaleSettings, key)
+    defaults = {f.name: f.default for f in fields(LossScaleSettings)}
+    given = {**defaults, **{name: value for name, value in values.items() if name in defaults}}
+    for name, complaint in _scale_complaints(given):
+        fix = (f"{key}.{name}={defaults[name]}",)
+        if name == "init" and "loss_scale.min" in complaint:  # the default of init may be below this min too
+            fix += (f"{key}.min={defaults['min']}",)
+        yield Finding("error", f"{key}.{name}", given[name], complaint, fix)
+
+
+def _not_a_mapping(value: Any, key: str) -> Finding:
+    return Finding(
+        "error", key, value, f"must be a mapping, got {value!r}", advice=f"set single keys, as {key}.KEY=..."
+    )
+
+
+def _unknown_keys(values: Mapping[str, Any], kind: type, key: str) -> Iterator[Finding]:
     known = [f.name for f in fields(kind)]
-    for name in values:
+    for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {key}.{near[0]}?" if near else f"known keys: {', '.join(known)}"
-            raise SettingsError(f"unknown key {key}.{name}: {hint}")
-    try:
-        return kind(**values)
-    except SettingsError as error:
-        raise SettingsError(f"{key}.{str(error).removeprefix('loss_scale.')}") from None
+            yield Finding("error", f"{key}.{name}", value, f"is no setting: {hint}", (f"~{key}.{name}",))

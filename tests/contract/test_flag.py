@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -16,6 +18,7 @@ from releases import RELEASES, release_environment
 from verl_fp16 import plugin
 from verl_fp16.hooks import driver
 from verl_fp16.hooks.engine import settings_of
+from verl_fp16.refusal import GuardError
 from verl_fp16.settings import LossScaleSettings, Settings, SettingsError
 
 PRECISIONS = {
@@ -111,6 +114,9 @@ def test_the_flag_changes_only_what_it_says():
         "actor_rollout_ref.model.external_lib",
         "critic.model.external_lib",
         "actor_rollout_ref.actor.fsdp_config.mixed_precision",
+        "actor_rollout_ref.actor.fsdp_config.dtype",
+        "actor_rollout_ref.ref.fsdp_config.dtype",
+        "critic.fsdp.dtype",
         "actor_rollout_ref.ref.fsdp_config.mixed_precision",
         "critic.fsdp.mixed_precision",
         "actor_rollout_ref.rollout.dtype",
@@ -184,16 +190,22 @@ MIXED = "actor_rollout_ref.actor.fsdp_config.mixed_precision"
 @pytest.mark.parametrize(
     ("override", "message"),
     (
-        (f"~{MIXED}.verl_fp16", f"{MIXED}.verl_fp16 was removed by an override: the actor"),
-        (f"{MIXED}.verl_fp16=null", f"{MIXED}.verl_fp16 was removed"),
-        (f"{MIXED}=null", f"{MIXED} was removed"),
-        ("~critic.fsdp.mixed_precision", "critic.fsdp.mixed_precision was removed by an override: the critic"),
-        ("actor_rollout_ref.actor.fsdp_config.model_dtype=fp16", "Set actor_rollout_ref.actor.fsdp_config.model_dtype"),
+        (f"~{MIXED}.verl_fp16", f"1. {MIXED}.verl_fp16=(not set)\n   why: it was removed by an override: the actor"),
+        (f"{MIXED}.verl_fp16=null", f"1. {MIXED}.verl_fp16=null\n   why: it was removed"),
+        (f"{MIXED}=null", f"1. {MIXED}=null\n   why: it was removed"),
+        ("~critic.fsdp.mixed_precision", "1. critic.fsdp.mixed_precision=(not set)"),
+        ("~actor_rollout_ref.ref.fsdp_config", "1. actor_rollout_ref.ref.fsdp_config=(not set)"),
+        ("~verl_fp16", "1. verl_fp16=null"),
+        ("verl_fp16=null", "1. verl_fp16=null"),
+        (
+            "actor_rollout_ref.actor.fsdp_config.model_dtype=fp16",
+            "fix: actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
+        ),
     ),
 )
 def test_a_role_that_is_cut_off_from_the_flag_is_refused(override, message):
     config = composed("+precision=fp16", override, resolve=False)
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(GuardError) as caught:
         driver.check_before_start(lambda _: None)(config)
     assert message in str(caught.value)
 
@@ -217,13 +229,13 @@ def test_the_tripwire_stays_whatever_external_lib_is_set_to(override, modules):
 def test_verls_sft_trainer_refuses_the_group():
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("sft_trainer_engine", overrides=["+precision=fp16"])
-    with pytest.raises(SettingsError, match="PPO entry points"):
+    with pytest.raises(GuardError, match="PPO entry points"):
         driver.check_before_start(lambda _: None)(config)
 
 
 def test_a_mistyped_flag_is_refused():
     config = composed("+precison=fp16", resolve=False)
-    with pytest.raises(SettingsError, match="unknown key precison=fp16: did you mean .precision=fp16"):
+    with pytest.raises(GuardError, match="unknown key precison=fp16: did you mean .precision=fp16"):
         driver.check_before_start(lambda _: None)(config)
 
 
@@ -274,9 +286,76 @@ def launch(*overrides: str, **env: str) -> tuple[int, str]:
 def test_the_flag_without_the_hooks_is_an_error_before_ray_starts(env, message, tmp_path):
     """verl swallows what a plugin raises; the flag must not run without it all the same."""
     code, output = launch("+precision=fp16", f"hydra.run.dir={tmp_path}", **env)
-    assert code != 0
+    assert code == 1
     assert message in output
+    assert "Traceback" not in output
     assert "Started a local Ray instance" not in output
+
+
+def test_every_contradiction_is_told_at_once_and_nothing_is_started(tmp_path):
+    """Of verl's own launcher: one message, exit code 1, no traceback, no process left, in seconds."""
+    before, used = set(psutil.pids()), resource.getrusage(resource.RUSAGE_CHILDREN)
+    code, output = launch(
+        "+precision=fp16",
+        "actor_rollout_ref.rollout.dtype=bfloat16",
+        "actor_rollout_ref.actor.fsdp_config.dtype=banana",
+        "critic.strategy=veomni",
+        "verl_fp16.loss_scale.growth_factor=1",
+        "+verl_fp16.los_scale=3",
+        "actor_rollout_ref.rollout.top_p=0.9",
+        f"hydra.run.dir={tmp_path}",
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert code == 1
+    assert "5 settings contradict the precision flag (training float16, rollout float16). Nothing was started" in output
+    for key in ("rollout.dtype=bfloat16", "dtype=banana", "critic.strategy=veomni", "growth_factor=1", "los_scale=3"):
+        assert key in output
+    assert "Traceback" not in output and "Started a local Ray instance" not in output
+    new = [process for process in psutil.process_iter() if process.pid not in before]
+    assert [process for process in new if str(tmp_path) in " ".join(_command(process))] == []
+    # Seconds of processor time: what it takes on a machine that does nothing else.
+    assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 15
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_warning_lets_the_run_go_on_and_is_told_once(capsys):
+    config = composed("+precision=fp16", "actor_rollout_ref.rollout.top_p=0.9", resolve=False)
+    driver.check_before_start(lambda _: None)(config)
+    told = capsys.readouterr().err
+    assert told.count("actor_rollout_ref.rollout.top_p=0.9") == 1
+    assert "1 warning; the run goes on" in told
+
+
+def test_wrong_settings_and_contradictions_come_out_together():
+    config = composed("+precision=fp16", "verl_fp16.train_dtype=fp17", "critic.strategy=veomni", resolve=False)
+    keys = [finding.key for finding in driver.examine(config)]
+    assert keys == ["verl_fp16.train_dtype", "critic.strategy"], "roles are not held against a dtype that is none"
+
+
+def test_an_interpolation_that_leads_nowhere_is_an_error_of_its_own():
+    config = composed("+precision=fp16", "critic.strategy=${nowhere}", resolve=False)
+    found = driver.examine(config)
+    assert [finding.key for finding in found if finding.severity == "error"] == ["critic.strategy"]
+
+
+@pytest.mark.parametrize("dtype", ("float16", "fp16"))
+def test_without_the_flag_the_dead_key_is_told_of_in_one_line(dtype, capsys):
+    key = "actor_rollout_ref.actor.fsdp_config.dtype"
+    config = composed(f"{key}={dtype}", resolve=False)
+    before = OmegaConf.to_yaml(config)
+    driver.check_before_start(lambda _: None)(config)
+    told = capsys.readouterr().err
+    assert f"{key}={dtype} is not read by verl 0.9.1" in told and "+precision=fp16" in told
+    assert told.count("\n") == 1
+    assert OmegaConf.to_yaml(config) == before
+    driver.check_before_start(lambda _: None)(composed(resolve=False))
+    assert capsys.readouterr().err == "", "verl's default is not told of"
 
 
 def test_a_plugin_that_breaks_surfaces_where_the_flag_is_given(tmp_path):
@@ -284,8 +363,9 @@ def test_a_plugin_that_breaks_surfaces_where_the_flag_is_given(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['verl_fp16.hooks'] = None\n")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     code, output = launch("+precision=fp16", f"hydra.run.dir={tmp_path}", PYTHONPATH=path)
-    assert code != 0
+    assert code == 1
     assert "verl_fp16.hooks" in output
+    assert "Traceback" not in output
     assert "Started a local Ray instance" not in output
 
 

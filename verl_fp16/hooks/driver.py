@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import sys
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from verl_fp16 import plugin
+from verl_fp16 import guard, plugin
+from verl_fp16.findings import Finding, errors, render_errors, render_warnings
+from verl_fp16.guard.case import FSDP_SPELLINGS, MODELS, NODE, ROLES, dtype_of
+from verl_fp16.guard.roles import payload
+from verl_fp16.refusal import GuardError, one_message
 from verl_fp16.settings import Settings, SettingsError
 
-NODE = "verl_fp16"
 GROUP = "precision"
 TRIPWIRE = "verl_fp16.required"
 
-# Role -> its engine's configuration.
-ENGINES = {
-    "actor": "actor_rollout_ref.actor.fsdp_config",
-    "ref": "actor_rollout_ref.ref.fsdp_config",
-    "critic": "critic.fsdp",
-}
-MODELS = ("actor_rollout_ref.model", "critic.model")
+# The parts of verl's configuration that the guard looks at: one that cannot be resolved cannot be vouched for.
+JUDGED = ("actor_rollout_ref", "critic", "algorithm", "trainer", "distillation", "model_engine")
 
 
 def check_before_start(original: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -30,27 +32,144 @@ def check_before_start(original: Callable[[Any], None]) -> Callable[[Any], None]
 
     def auto_set_device(config: Any) -> None:
         original(config)
-        if is_flag_given(config):
-            plugin.require_active()
-            read_settings(config)
-            check_roles(config)
-            keep_tripwire(config)
-        else:
-            refuse_mistyped_flag(config)
+        with one_message(GuardError, plugin.PluginNotActive):
+            if is_flag_given(config):
+                plugin.require_active(verify=True)
+                guard_start(config)
+                keep_tripwire(config)
+            else:
+                refuse_mistyped_flag(config)
+                tell_of_dead_dtype(config)
 
     return auto_set_device
 
 
 def is_flag_given(config: Any) -> bool:
-    """Whether one of the groups ``precision=...`` is in the configuration."""
-    return isinstance(config, DictConfig) and config.get(NODE) is not None
+    """Whether one of the groups ``precision=...`` is in the configuration, or what an override left of it."""
+    if not isinstance(config, DictConfig):
+        return False
+    if config.get(NODE) is not None:
+        return True
+    mixed = (OmegaConf.select(config, f"{role.engine}.mixed_precision") for role in ROLES)
+    return any(isinstance(node, DictConfig) and NODE in node for node in mixed)
+
+
+def guard_start(config: DictConfig) -> None:
+    """Print the warnings on a configuration with the flag, and refuse it if there are errors.
+
+    Raises:
+        GuardError: listing every contradiction.
+    """
+    found = examine(config)
+    if errors(found):
+        raise GuardError(render_errors(found, declared_pair(config)))
+    if found:
+        print(render_warnings(found), file=sys.stderr, flush=True)
+
+
+def declared_pair(config: DictConfig) -> str:
+    """What the flag declares, in words; empty where an override has taken it away."""
+    node = config.get(NODE)
+    if not isinstance(node, DictConfig):
+        return ""
+    pair = OmegaConf.to_container(node, resolve=False)
+    return f"training {pair.get('train_dtype')}, rollout {pair.get('rollout_dtype')}"
+
+
+def examine(config: DictConfig) -> list[Finding]:
+    """Everything that is wrong with a configuration with the flag."""
+    settings, found = read_node(config)
+    if config.get(NODE) is None:
+        return found  # nothing is declared that the rest could be held against
+    container, unresolved = resolved(config, placeholders=settings is None)
+    if "actor_rollout_ref" in config and "actor_rollout_ref" not in container:
+        return [*found, *unresolved]
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return [
+        *found,
+        *unresolved,
+        *guard.check(container, settings, verl=installed_verl(), entry=main.name if main is not None else ""),
+    ]
+
+
+def installed_verl() -> str:
+    """verl's release; of a checkout without metadata, what verl itself says."""
+    try:
+        return version("verl")
+    except PackageNotFoundError:
+        import verl
+
+        return verl.__version__
+
+
+def read_node(config: DictConfig) -> tuple[Settings | None, list[Finding]]:
+    """The settings under ``verl_fp16:``, or None and what is wrong with them."""
+    node = config.get(NODE)
+    if node is None:
+        why = "an override removed the node that all roles take their dtypes from"
+        return None, [Finding("error", NODE, node, why, advice="drop the override, or the whole group precision=...")]
+    try:
+        return read_settings(config), []
+    except SettingsError as error:
+        return None, list(error.findings)
+    except OmegaConfBaseException as error:
+        return None, [_unresolved(NODE, error)]
+
+
+def read_settings(config: DictConfig) -> Settings:
+    """The validated node ``verl_fp16:``.
+
+    Raises:
+        SettingsError: listing every unknown key and every invalid value.
+    """
+    node = config[NODE]
+    if isinstance(node, DictConfig):
+        unresolved = OmegaConf.to_container(node, resolve=False)
+        # Of a scale that is no mapping, the interpolations (strings here) to its keys could not be resolved.
+        broken = {key: value for key, value in unresolved.items() if key.endswith("loss_scale")}
+        if not any(not isinstance(value, dict | str) for value in broken.values()):
+            return Settings.from_node(OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
+        node = {**unresolved, **{key: {} for key, value in broken.items() if isinstance(value, dict)}}
+    return Settings.from_node(node)
+
+
+def resolved(config: DictConfig, placeholders: bool = False) -> tuple[dict[str, Any], list[Finding]]:
+    """The configuration as plain containers, and what of it cannot be resolved.
+
+    Args:
+        placeholders: put empty mappings where roles carry our settings, which are wrong.
+    """
+    if placeholders:
+        config = copy.deepcopy(config)
+        for role in ROLES:
+            mixed = OmegaConf.select(config, f"{role.engine}.mixed_precision")
+            if isinstance(mixed, DictConfig) and mixed._get_node(NODE) is not None:
+                with open_dict(mixed):
+                    mixed[NODE] = {"role": role.name}
+    container: dict[str, Any] = {}
+    unresolved = []
+    for key in config:
+        try:
+            node = config._get_node(key)
+            is_node = isinstance(node, DictConfig | ListConfig) and not node._is_none()
+            container[key] = OmegaConf.to_container(node, resolve=True) if is_node else config[key]
+        except OmegaConfBaseException as error:
+            if key in JUDGED:
+                unresolved.append(_unresolved(str(key), error))
+    return container, unresolved
+
+
+def _unresolved(key: str, error: OmegaConfBaseException) -> Finding:
+    where = str(getattr(error, "full_key", None) or key)
+    why = " ".join(str(error).split())
+    return Finding("error", where, "(cannot be resolved)", why, advice="correct the interpolation, or set the key")
 
 
 def refuse_mistyped_flag(config: Any) -> None:
     """A flag with a slip in its name is a new key of nobody's to Hydra, and the run would be in BF16 without a word.
 
     Raises:
-        SettingsError: naming the key and the flag.
+        GuardError: naming the key and the flag.
     """
     if not isinstance(config, DictConfig):
         return
@@ -58,53 +177,30 @@ def refuse_mistyped_flag(config: Any) -> None:
     members = [path.stem for path in (Path(plugin.__file__).parent / "conf" / GROUP).glob("*.yaml")]
     for key, value in OmegaConf.to_container(config, resolve=False).items():
         if value in members and key != GROUP and get_close_matches(str(key), [GROUP], cutoff=0.8):
-            raise SettingsError(f"unknown key {key}={value}: did you mean +{GROUP}={value}?")
+            raise GuardError(f"verl_fp16: unknown key {key}={value}: did you mean +{GROUP}={value}?")
 
 
-def read_settings(config: DictConfig) -> Settings:
-    """The validated node ``verl_fp16:``.
-
-    Raises:
-        SettingsError: an unknown key or an invalid value, by name.
-    """
-    node = config[NODE]
-    if not isinstance(node, DictConfig):
-        raise SettingsError(f"verl_fp16 must be a mapping, got {node!r}")
-    unresolved = OmegaConf.to_container(node, resolve=False)
-    for name in ("loss_scale", "critic_loss_scale"):
-        # Checked before interpolations (strings here) are resolved, which would fail with another key's name.
-        if not isinstance(unresolved.get(name, {}), dict | str):
-            raise SettingsError(f"verl_fp16.{name} must be a mapping, got {unresolved[name]!r}")
-    return Settings.from_node(OmegaConf.to_container(node, resolve=True, throw_on_missing=True))
-
-
-def check_roles(config: DictConfig) -> None:
-    """See that what the workers need still reaches every role.
-
-    Raises:
-        SettingsError: another entry point than PPO's, or a role that an override has cut off from the flag.
-    """
-    if OmegaConf.select(config, "actor_rollout_ref.actor._target_") is None:
-        raise SettingsError(
-            "the groups precision=... are for verl's PPO entry points (main_ppo and others); this configuration has no "
-            "actor, so nothing would read them. Drop the group here."
+def tell_of_dead_dtype(config: Any) -> None:
+    """Without the flag: one line on stderr for verl's documented FP16 key, which verl does not read."""
+    keys = list(_float16_keys(config)) if isinstance(config, DictConfig) else []
+    if keys:
+        print(
+            f"verl_fp16: {', '.join(keys)} is not read by verl {installed_verl()}: training stays in bfloat16. "
+            f"+{GROUP}=fp16 is the flag for FP16.",
+            file=sys.stderr,
+            flush=True,
         )
-    for role, key in ENGINES.items():
-        if OmegaConf.select(config, key) is None:
+
+
+def _float16_keys(config: DictConfig) -> Iterator[str]:
+    for role in ROLES:
+        key = f"{role.engine}.dtype"
+        try:
+            value = OmegaConf.select(config, key)
+        except OmegaConfBaseException:  # not our run: verl tells what is wrong with it
             continue
-        mixed_precision = OmegaConf.select(config, f"{key}.mixed_precision")
-        if mixed_precision is None or mixed_precision.get(NODE) is None:
-            raise SettingsError(
-                f"{key}.mixed_precision{'' if mixed_precision is None else '.' + NODE} was removed by an override: the "
-                f"{role} would train without this package's loss scaler or in another dtype. Drop that override; to "
-                "choose other dtypes use another precision=..., or override single keys of mixed_precision."
-            )
-        model_dtype = OmegaConf.select(config, f"{key}.model_dtype")
-        if model_dtype not in ("fp32", "float32"):
-            raise SettingsError(
-                f"{key}.model_dtype={model_dtype} would keep the {role}'s master weights in less than float32. "
-                f"Set {key}.model_dtype=fp32."
-            )
+        if value == "half" or dtype_of(value, FSDP_SPELLINGS) == "float16":
+            yield f"{key}={value}"
 
 
 def keep_tripwire(config: DictConfig) -> None:
@@ -128,10 +224,12 @@ def role_settings(role: str, *, _root_: DictConfig) -> DictConfig | str:
     Raises:
         PluginNotActive: the hooks are not in place in this process.
         SettingsError: as :func:`read_settings`.
+        Refused: instead of either, in verl's launcher.
     """
-    plugin.require_active()
-    plugin.flag_given = True
-    return "given" if role == "driver" else settings_for_role(role, _root_)
+    with one_message(plugin.PluginNotActive, SettingsError):
+        plugin.require_active()
+        plugin.flag_given = True
+        return "given" if role == "driver" else settings_for_role(role, _root_)
 
 
 def settings_for_role(role: str, config: DictConfig) -> DictConfig:
@@ -141,12 +239,10 @@ def settings_for_role(role: str, config: DictConfig) -> DictConfig:
         SettingsError: as :func:`read_settings`, or an unknown role.
     """
     settings = read_settings(config)
-    scales = {"actor": settings.loss_scale, "critic": settings.critic_loss_scale, "ref": None}
-    if role not in scales:
-        raise SettingsError(f"${{verl_fp16:{role}}}: unknown role, known are {', '.join(scales)}")
-    scale = scales[role]
-    values = {"role": role, "dtype": settings.train_dtype, "loss_scale": vars(scale) if scale is not None else None}
-    return OmegaConf.create(values)  # OmegaConf.resolve, which verl's task runner calls, takes no plain dict
+    known = [known.name for known in ROLES]
+    if role not in known:
+        raise SettingsError(f"${{verl_fp16:{role}}}: unknown role, known are {', '.join(known)}")
+    return OmegaConf.create(payload(role, settings))  # OmegaConf.resolve takes no plain dict
 
 
 def register_resolver() -> None:

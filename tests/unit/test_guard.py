@@ -1,0 +1,283 @@
+"""Each rule of the guard: what it refuses or warns of, that its fix removes the finding, and what it lets pass."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from verl_fp16 import guard
+from verl_fp16.findings import Finding, render_errors, render_warnings
+from verl_fp16.guard import model
+from verl_fp16.guard.case import ROLES
+from verl_fp16.guard.roles import payload
+from verl_fp16.settings import LossScaleSettings, Settings
+
+ACTOR, REF, CRITIC = (role.engine for role in ROLES)
+ROLLOUT = "actor_rollout_ref.rollout"
+VLLM = f"{ROLLOUT}.engine_kwargs.vllm"
+MODEL = "actor_rollout_ref.model"
+CORRECTION = "algorithm.rollout_correction"
+LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
+
+
+def configuration(train="float16", rollout="float16", settings=None):
+    """What the flag makes of verl's configuration, as far as the guard looks at it."""
+    settings = settings or Settings(train, rollout)
+
+    def engine(role):
+        mixed = {"param_dtype": train, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+        mixed["verl_fp16"] = payload(role, settings)
+        return {"dtype": train, "model_dtype": "fp32", "forward_only": role == "ref", "mixed_precision": mixed} | {
+            "use_no_sync_for_gradient_accumulation": False
+        }
+
+    config = {
+        "verl_fp16": {"train_dtype": train, "rollout_dtype": rollout},
+        "actor_rollout_ref": {
+            "actor": {"_target_": "A", "strategy": "fsdp", "fsdp_config": engine("actor"), "optim": {}},
+            "ref": {"strategy": "fsdp", "fsdp_config": engine("ref")},
+            "rollout": {"name": "vllm", "dtype": rollout, "calculate_log_probs": True, "engine_kwargs": {"vllm": {}}},
+            "model": {"path": "nobody/knows"},
+        },
+        "critic": {"strategy": "fsdp", "fsdp": engine("critic")},
+        "algorithm": {"rollout_correction": {"bypass_mode": False, "rollout_is": "token"}},
+        "trainer": {"use_v1": True},
+    }
+    return config, settings
+
+
+def apply(config, overrides):
+    """Hydra's overrides, on a resolved configuration."""
+    config = OmegaConf.create(copy.deepcopy(config))
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if override.startswith("~"):
+            parent, _, name = override[1:].rpartition(".")
+            OmegaConf.select(config, parent).pop(name)
+        else:
+            is_payload = value.startswith("${verl_fp16:")
+            value = payload(value[12:-1], Settings()) if is_payload else yaml.safe_load(value)
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def check(overrides, *, train="float16", rollout="float16", verl="0.9.1", entry="", settings=None):
+    config, settings = configuration(train, rollout, settings)
+    return guard.check(apply(config, overrides), settings, verl=verl, entry=entry)
+
+
+MIXED = f"{ACTOR}.mixed_precision"
+CONTRADICTIONS = (
+    # overrides; severity, key, a part of why
+    (f"{MIXED}.param_dtype=bf16", "error", f"{MIXED}.param_dtype", "the actor would compute in bfloat16"),
+    (f"{REF}.mixed_precision.param_dtype=half", "error", f"{REF}.mixed_precision.param_dtype", "no dtype to verl"),
+    (f"~{CRITIC}.mixed_precision.param_dtype", "error", f"{CRITIC}.mixed_precision.param_dtype", "in bfloat16"),
+    (f"{MIXED}.reduce_dtype=fp16", "error", f"{MIXED}.reduce_dtype", "65,504"),
+    (f"{MIXED}.buffer_dtype=banana", "error", f"{MIXED}.buffer_dtype", "no dtype to verl"),
+    (f"{MIXED}.param_dtyp=fp16", "error", f"{MIXED}.param_dtyp", "did you mean"),
+    (f"{MIXED}.verl_fp16.dtype=bfloat16", "error", f"{MIXED}.verl_fp16", "differs from the node verl_fp16"),
+    (f"{CRITIC}.model_dtype=fp16", "error", f"{CRITIC}.model_dtype", "AdamW"),
+    (f"{ACTOR}.dtype=bfloat16", "error", f"{ACTOR}.dtype", "does not read this key"),
+    (f"{ACTOR}.forward_only=true", "error", f"{ACTOR}.forward_only", "neither optimizer nor loss scaler"),
+    (f"{REF}.forward_only=false", "error", f"{REF}.forward_only", "would get an optimizer"),
+    (f"{ACTOR}.dtypes=fp16", "error", f"{ACTOR}.dtypes", "did you mean"),
+    ("actor_rollout_ref.actor.strategy=veomni", "error", "actor_rollout_ref.actor.strategy", "of veomni"),
+    ("critic.strategy=torchtitan", "error", "critic.strategy", "of torchtitan"),
+    ("critic.strategy=banana", "error", "critic.strategy", "no engine 'banana'"),
+    ("model_engine=megatron", "error", "model_engine", "of megatron"),
+    (f"{ACTOR}.qat.enable=true", "error", f"{ACTOR}.qat.enable", "4-bit"),
+    (
+        f"{ACTOR}.turbo_config.distributed.fsdp_plan.param_dtype=fp16",
+        "error",
+        f"{ACTOR}.turbo_config.distributed.fsdp_plan.param_dtype",
+        "fsdp_turbo",
+    ),
+    (
+        f"{ACTOR}.use_no_sync_for_gradient_accumulation=true",
+        "warning",
+        f"{ACTOR}.use_no_sync_for_gradient_accumulation",
+        "FSDP1",
+    ),
+    ("critic.optim.optimizer_impl=torchao.optim", "warning", "critic.optim.optimizer_impl", "8 bits"),
+    ("critic.optim.optimizer=Lion", "warning", "critic.optim.optimizer", "float32"),
+    ("critic.optim.override_optimizer_config=fused", "error", "critic.optim.override_optimizer_config", "a mapping"),
+    (
+        "critic.optim.override_optimizer_config.exp_avg_dtype=bf16",
+        "error",
+        "critic.optim.override_optimizer_config.exp_avg_dtype",
+        "optimizer's state",
+    ),
+    (f"{ROLLOUT}.dtype=bfloat16", "error", f"{ROLLOUT}.dtype", "vLLM would compute in bfloat16"),
+    (f"{ROLLOUT}.dtype=fp16", "error", f"{ROLLOUT}.dtype", "no dtype to vLLM"),
+    (f"{ROLLOUT}.dtype=auto", "error", f"{ROLLOUT}.dtype", "from the checkpoint"),
+    (f"~{ROLLOUT}.dtype", "error", f"{ROLLOUT}.dtype", "in bfloat16"),
+    (f"{VLLM}.dtype=bfloat16", "error", f"{VLLM}.dtype", "vLLM would compute in bfloat16"),
+    (f"{VLLM}.kv_cache_dtype=fp8", "error", f"{VLLM}.kv_cache_dtype", "keys and values"),
+    (f"{VLLM}.logprobs_mode=raw_logits", "error", f"{VLLM}.logprobs_mode", "would not report log-probs"),
+    (f"{VLLM}.quantization=fp8", "error", f"{VLLM}.quantization", "does not cover"),
+    (f"{VLLM}.hf_overrides.dtype=bfloat16", "error", f"{VLLM}.hf_overrides", "changes the dtype"),
+    (f"{ROLLOUT}.engine_kwargs.sglang.dtype=half", "error", f"{ROLLOUT}.engine_kwargs.sglang.dtype", "sglang only"),
+    (f"{ROLLOUT}.quantization=fp8", "error", f"{ROLLOUT}.quantization", "quantized"),
+    (f"{ROLLOUT}.calculate_log_probs=false", "error", f"{ROLLOUT}.calculate_log_probs", "neither measured"),
+    (f"{ROLLOUT}.logprobs_mode=raw_logprobs", "warning", f"{ROLLOUT}.logprobs_mode", "temperature"),
+    (f"{ROLLOUT}.top_p=0.9", "warning", f"{ROLLOUT}.top_p", "truncated"),
+    (f"{ROLLOUT}.top_k=50", "warning", f"{ROLLOUT}.top_k", "truncated"),
+    (f"{ROLLOUT}.name=sglang", "warning", f"{ROLLOUT}.name", "not checked"),
+    (f"{ROLLOUT}.name=hf", "error", f"{ROLLOUT}.name", "no rollout"),
+    (f"{ROLLOUT}.checkpoint_engine.backend=mooncake", "error", f"{ROLLOUT}.checkpoint_engine.backend", "bfloat16"),
+    (f"{ROLLOUT}.checkpoint_engine.backend=mine", "warning", f"{ROLLOUT}.checkpoint_engine.backend", "not know"),
+    (f"{MODEL}.lora.merge=true", "error", f"{MODEL}.lora.merge", "rounds merged LoRA"),
+    (f"{MODEL}.lora.dtype=fp16", "error", f"{MODEL}.lora.dtype", "Megatron"),
+    (f"{MODEL}.override_config.torch_dtype=fp16", "error", f"{MODEL}.override_config.torch_dtype", "from here"),
+    (f"{MODEL}.use_liger=true", "warning", f"{MODEL}.use_liger", "training only"),
+    (f"{CORRECTION}.bypass_mode=true", "error", f"{CORRECTION}.bypass_mode", "plain PPO"),
+    (f"{LOSS}=bypass_mode", "error", LOSS, "takes the old log-probs"),
+    (
+        f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=8",
+        "warning",
+        f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu",
+        "other shapes",
+    ),
+    (f"{ROLLOUT}.log_prob_use_dynamic_bsz=true", "error", f"{ROLLOUT}.log_prob_use_dynamic_bsz", "equal"),
+)
+
+
+def test_what_the_flag_sets_has_no_findings():
+    for train, rollout in (("float16", "float16"), ("bfloat16", "float16"), ("bfloat16", "float32"), ("float32",) * 2):
+        assert check((), train=train, rollout=rollout) == []
+
+
+@pytest.mark.parametrize(("override", "severity", "key", "why"), CONTRADICTIONS, ids=lambda value: None)
+def test_a_contradiction_is_found_and_its_fix_removes_it(override, severity, key, why):
+    found = [finding for finding in check((override,)) if finding.key == key]
+    assert [finding.severity for finding in found] == [severity], found
+    finding = found[0]
+    assert why in finding.why
+    text = render_errors(found) if severity == "error" else render_warnings(found)
+    assert f"1. {key}=" in text and finding.why in text and all(fix in text for fix in finding.fix)
+    assert finding.fix, "no override removes it"
+    assert finding.key not in {left.key for left in check((override, *finding.fix)) if left.severity == "error"}
+    assert finding not in check((override, *finding.fix))
+
+
+def test_every_rule_is_among_these_or_has_a_test_of_its_own():
+    """A rule that nothing here sets off could be lost unseen."""
+    own = {"idle_scaler", "float16_fits", "temperature_of_raw_log_probs", "teachers", "full_weights"}
+    own |= {"entry_point", "trainers"}
+    config, settings = configuration()
+    cases = [guard.Case(apply(config, (row[0],)), settings, "0.9.1") for row in CONTRADICTIONS]
+    assert {rule.__name__ for rule in guard.RULES if not any(list(rule(case)) for case in cases)} == own
+
+
+def test_all_contradictions_come_out_at_once():
+    found = check((f"{ROLLOUT}.dtype=bfloat16", f"{ACTOR}.dtype=bfloat16", f"{CRITIC}.model_dtype=bf16"))
+    text = render_errors(found, "training float16, rollout float16")
+    assert "3 settings contradict the precision flag (training float16, rollout float16)" in text
+    assert [line[:2] for line in text.splitlines() if line[:1].isdigit()] == ["1.", "2.", "3."]
+
+
+def test_contradictions_are_judged_against_the_declared_pair():
+    override = (f"{ROLLOUT}.dtype=float16",)
+    assert check(override, train="bfloat16", rollout="float16") == []
+    assert [finding.fix for finding in check(override, train="bfloat16", rollout="bfloat16")] == [
+        (f"{ROLLOUT}.dtype=bfloat16",)
+    ]
+    backend = (f"{ROLLOUT}.checkpoint_engine.backend=mooncake", f"{MODEL}.lora.merge=true")
+    assert check(backend, train="bfloat16", rollout="bfloat16") == [], "rounding to bfloat16 is what was asked for"
+
+
+def test_spellings_of_the_declared_dtype_pass():
+    same = (f"{MIXED}.param_dtype=fp16", f"{ACTOR}.dtype=16", f"{ROLLOUT}.dtype=half", f"{VLLM}.kv_cache_dtype=auto")
+    assert check(same) == []
+
+
+def test_bypass_mode_in_both_places_is_only_warned_of_and_the_legacy_trainer_needs_one():
+    both = (f"{CORRECTION}.bypass_mode=true", f"{LOSS}=bypass_mode")
+    correction = "+actor_rollout_ref.actor.policy_loss.rollout_correction={bypass_mode: true, rollout_is: token}"
+    assert [finding.severity for finding in check((*both, correction))] == ["warning"]
+    assert [finding.key for finding in check(both)] == [f"{CORRECTION}.rollout_is", f"{CORRECTION}.bypass_mode"]
+    legacy = check((f"{CORRECTION}.bypass_mode=true", "trainer.use_v1=false"))
+    assert [finding.severity for finding in legacy] == ["warning"]
+
+
+def test_temperature_matters_with_raw_log_probs_only():
+    hot = f"{ROLLOUT}.temperature=0.7"
+    assert check((hot,)) == []
+    raw = check((hot, f"{ROLLOUT}.logprobs_mode=raw_logprobs"))
+    assert {finding.key for finding in raw} == {f"{ROLLOUT}.temperature", f"{ROLLOUT}.logprobs_mode"}
+    assert {finding.severity for finding in raw} == {"warning"}
+
+
+def test_dynamic_batches_are_compared_by_their_limits():
+    dynamic = ("actor_rollout_ref.actor.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz=true")
+    assert check(dynamic) == []
+    assert [finding.key for finding in check((*dynamic, f"{ROLLOUT}.log_prob_max_token_len_per_gpu=9"))] == [
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu"
+    ]
+
+
+def test_a_teacher_in_another_dtype_is_warned_of():
+    key = "distillation.teacher_models.one.inference.dtype"
+    assert [(finding.severity, finding.key) for finding in check((f"{key}=bfloat16",))] == [("warning", key)]
+    assert check((f"{key}=float16",)) == []
+
+
+def test_settings_of_a_scaler_that_is_not_there_are_warned_of():
+    settings = Settings("bfloat16", "float16", loss_scale=LossScaleSettings(init=8.0))
+    found = check((), train="bfloat16", settings=settings)
+    assert [(finding.severity, finding.key) for finding in found] == [("warning", "verl_fp16.loss_scale.init")]
+
+
+def test_a_role_without_its_engine_is_refused():
+    assert [finding.key for finding in check((f"~{REF}",))] == [REF]
+    assert check(("~actor_rollout_ref.ref",)) == [], "a run without a reference policy"
+
+
+def test_trainers_whose_dtypes_are_not_read_back_are_warned_of():
+    for entry in ("verl.experimental.one_step_off_policy.main_ppo", "verl.trainer.main_ppo_sync"):
+        assert [(finding.severity, finding.value) for finding in check((), entry=entry)] == [("warning", entry)]
+    assert check((), entry="verl.trainer.main_ppo") == []
+
+
+def test_the_release_that_rounds_every_weight_is_warned_of():
+    assert [finding.key for finding in check((), verl="0.8.0")] == ["verl"]
+    assert check((), verl="0.8.0", train="bfloat16", rollout="bfloat16") == []
+
+
+def test_an_entry_point_without_an_actor_is_refused():
+    found = guard.check({"verl_fp16": {"train_dtype": "float16"}, "model": {}}, Settings(), verl="0.9.1")
+    assert [finding.key for finding in found] == ["verl_fp16"]
+    assert "PPO entry points" in found[0].why
+
+
+@pytest.mark.parametrize(("kind", "refused"), (("gemma3_text", True), ("glm4", True), ("qwen3", False)))
+def test_a_model_that_overflows_float16_is_refused(tmp_path, kind, refused):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    override = (f"{MODEL}.path={tmp_path}",)
+    assert [finding.key for finding in check(override)] == [f"{MODEL}.path"] * refused
+    assert check(override, train="bfloat16", rollout="bfloat16") == []
+
+
+def test_vllms_own_list_is_read_without_importing_it(tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    file = tmp_path / "config" / "model.py"
+    file.write_text('import nothing_there\n_FLOAT16_NOT_SUPPORTED_MODELS = {"new_model": "why"}\n')
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: spec)
+    model.refused_in_float16.cache_clear()
+    try:
+        assert model.refused_in_float16() == {"new_model"}
+        file.write_text("")
+        model.refused_in_float16.cache_clear()
+        assert model.refused_in_float16() == model.REFUSED_IN_FLOAT16
+    finally:
+        model.refused_in_float16.cache_clear()
+
+
+def test_a_finding_has_to_say_what_to_do():
+    with pytest.raises(ValueError, match="has to say what to do"):
+        Finding("error", "a", 1, "because")

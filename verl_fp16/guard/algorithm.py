@@ -1,0 +1,77 @@
+"""The loss uses the rollout's log-probs as it says, and the measured gap is one of precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verl_fp16.findings import Finding
+from verl_fp16.guard.case import GENERATION, Case
+
+BYPASS = "algorithm.rollout_correction.bypass_mode"
+LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
+CORRECTION = "actor_rollout_ref.actor.policy_loss.rollout_correction"
+
+
+def bypass_mode(case: Case) -> Iterator[Finding]:
+    """Bypass mode: old log-probs are the rollout's.
+
+    In the v1 trainer ``algorithm.rollout_correction.bypass_mode`` only copies them; the loss is chosen by
+    ``policy_loss.loss_mode`` and takes its settings from ``policy_loss.rollout_correction``. The legacy trainer sets
+    both itself (``rollout_corr_helper.apply_bypass_mode``).
+    """
+    bypass, loss = case.get(BYPASS, False), case.get(LOSS, "vanilla") == "bypass_mode"
+    if bypass is True and not loss and _is_v1(case):
+        why = (
+            "the v1 trainer only copies the rollout's log-probs into the old ones and trains plain PPO: loss_type, "
+            f"rollout_is and rollout_rs do nothing unless the loss is {LOSS}=bypass_mode too"
+        )
+        fix = (f"{LOSS}=bypass_mode", f"+{CORRECTION}=${{algorithm.rollout_correction}}")
+        yield Finding("error", BYPASS, bypass, why, fix, f"or {BYPASS}=false")
+    elif loss and bypass is not True:
+        why = f"this loss takes the old log-probs for the rollout's, which they are only with {BYPASS}=true"
+        yield Finding("error", LOSS, "bypass_mode", why, (f"{LOSS}=vanilla",), f"or {BYPASS}=true")
+    elif bypass is True:
+        yield from _different_corrections(case)
+        why = (
+            "old log-probs are the rollout's: no gap between training and rollout is logged, and mismatch/* is missing"
+        )
+        yield Finding("warning", BYPASS, bypass, why, (f"{BYPASS}=false", f"{LOSS}=vanilla"))
+    elif bypass is not False:
+        yield Finding("error", BYPASS, bypass, "must be true or false", (f"{BYPASS}=false",))
+
+
+def _is_v1(case: Case) -> bool:
+    """0.8.0 has the v1 trainer as an entry point of its own, and no ``trainer.use_v1``."""
+    return case.get("trainer.use_v1", False) is True or case.entry.endswith(".main_ppo_sync")
+
+
+def _different_corrections(case: Case) -> Iterator[Finding]:
+    if not _is_v1(case):
+        return
+    wanted, used = case.children("algorithm.rollout_correction"), case.children(CORRECTION)
+    for name, value in wanted.items():
+        if name != "bypass_mode" and used.get(name) != value:
+            why = f"on the v1 trainer the loss reads {CORRECTION}.{name}, which is {used.get(name, 'not set')}"
+            fix = (case.set_to(CORRECTION, "${algorithm.rollout_correction}"),)
+            yield Finding("error", f"algorithm.rollout_correction.{name}", value, why, fix)
+
+
+def unequal_batches(case: Case) -> Iterator[Finding]:
+    """Other micro-batches mean other kernels, and so other log-probs of the same tokens (verl issue 6280)."""
+    actor = "actor_rollout_ref.actor"
+    if case.get(f"{actor}.use_dynamic_bsz", False):
+        pair = f"{GENERATION}.log_prob_max_token_len_per_gpu", f"{actor}.ppo_max_token_len_per_gpu"
+    else:
+        pair = f"{GENERATION}.log_prob_micro_batch_size_per_gpu", f"{actor}.ppo_micro_batch_size_per_gpu"
+    log_prob, update = (case.get(key, None) for key in pair)
+    if log_prob != update:
+        why = f"{pair[1]} is {update}: batches of other shapes run other kernels, which looks like a gap of precision"
+        yield Finding("warning", pair[0], log_prob, why, (f"{pair[0]}={'null' if update is None else update}",))
+    key = f"{GENERATION}.log_prob_use_dynamic_bsz"
+    ours, theirs = case.get(key, False), case.get(f"{actor}.use_dynamic_bsz", False)
+    if ours != theirs:
+        why = f"{actor}.use_dynamic_bsz is {str(theirs).lower()}: verl's workers stop unless the two are equal"
+        yield Finding("error", key, ours, why, (f"{key}={str(theirs).lower()}",))
+
+
+RULES = (bypass_mode, unequal_batches)

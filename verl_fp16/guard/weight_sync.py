@@ -1,0 +1,58 @@
+"""Weights arrive in the rollout without having been rounded to bfloat16 on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verl_fp16.findings import Finding
+from verl_fp16.guard.case import GENERATION, Case
+
+# What each backend does with a weight, read in verl/checkpoint_engine of 0.8.0-0.9.1. Their rollout_dtype is a
+# torch.dtype, which no configuration file can name, and nothing of verl sets it.
+EXACT = ("naive", "nccl", "nixl")
+ROUNDING = {
+    "kimi_ckpt_engine": "it casts every weight to bfloat16 before sending",
+    "mooncake": "it casts every weight to bfloat16 before sending",
+    "delta_sharded": "it sends bfloat16, and its vLLM side refuses models in another dtype",
+}
+_WHY_IT_MATTERS = "the rollout would run with weights that have lost 3 of float16's bits: 1.001 arrives as 1.0"
+
+
+def backend(case: Case) -> Iterator[Finding]:
+    """``rollout.checkpoint_engine.backend``."""
+    key = f"{GENERATION}.checkpoint_engine.backend"
+    value = case.get(key, "naive")
+    if value in EXACT:
+        return
+    if isinstance(value, str) and value in ROUNDING:
+        if case.rollout in (None, "bfloat16"):
+            return
+        why = f"{ROUNDING[value]}, while {case.rollout} is declared for the rollout: {_WHY_IT_MATTERS}"
+        yield Finding("error", key, value, why, (f"{key}={_fallback(case)}",))
+    else:
+        why = "a checkpoint engine that this package does not know: whether it rounds the weights is not checked"
+        yield Finding("warning", key, value, why, (f"{key}={_fallback(case)}",))
+
+
+def _fallback(case: Case) -> str:
+    """verl's asynchronous trainers refuse naive."""
+    return "nccl" if case.get("trainer.v1.trainer_mode", "sync") == "separate_async" else "naive"
+
+
+def merged_lora(case: Case) -> Iterator[Finding]:
+    """``FSDPEngine._merged_lora_per_tensor_param`` casts to bfloat16 (0.8.0: ``get_per_tensor_param``)."""
+    key = "actor_rollout_ref.model.lora.merge"
+    value = case.get(key, False)
+    if value is not False and case.rollout not in (None, "bfloat16"):
+        why = f"verl rounds merged LoRA weights to bfloat16 before it sends them: {_WHY_IT_MATTERS}"
+        yield Finding("error", key, value, why, (f"{key}=false",), "the adapter is then synced as it is")
+
+
+def full_weights(case: Case) -> Iterator[Finding]:
+    """verl 0.8.0's ``get_per_tensor_param`` casts every sharded weight to bfloat16; 0.9.0 dropped the cast."""
+    if case.verl.startswith("0.8.") and case.rollout not in (None, "bfloat16"):
+        why = f"this release rounds all weights to bfloat16 before it sends them: {_WHY_IT_MATTERS}"
+        yield Finding("warning", "verl", case.verl, why, advice="use verl 0.9.0 or newer")
+
+
+RULES = (backend, merged_lora, full_weights)
