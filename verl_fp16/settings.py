@@ -78,6 +78,8 @@ def _scale_complaints(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "min", f"must be at least {SMALLEST_SCALE:g}, got {smallest}"
     if "init" not in wrong and init > LARGEST_SCALE:
         yield "init", f"must be at most {LARGEST_SCALE:g}, got {init}"
+    elif not wrong & {"init", "growth_factor"} and init * values["growth_factor"] > LARGEST_SCALE:
+        yield "growth_factor", f"must be at most {LARGEST_SCALE / init:g}, or the scale could never grow"
     elif not wrong & {"init", "min"} and not init >= smallest:
         yield "init", f"must be at least loss_scale.min ({smallest}), got {init}"
 
@@ -104,9 +106,8 @@ class Settings:
         for name in ("train_dtype", "rollout_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise SettingsError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
-        timeout = self.read_back_timeout_s
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
-            raise SettingsError(f"read_back_timeout_s must be a finite number of seconds above 0, got {timeout!r}")
+        if complaint := _seconds_complaint(self.read_back_timeout_s):
+            raise SettingsError(f"read_back_timeout_s {complaint}")
 
     @classmethod
     def from_node(cls, node: Mapping[str, Any]) -> Settings:
@@ -118,7 +119,11 @@ class Settings:
         found = tuple(_problems(node))
         if found:
             raise SettingsError("; ".join(f"{finding.key} {finding.why}" for finding in found), found)
-        scales = {name: LossScaleSettings(**node[name]) for name in SCALES if name in node}
+        actor, critic = (dict(node.get(name, {})) for name in SCALES)
+        scales = {
+            "loss_scale": LossScaleSettings(**actor),
+            "critic_loss_scale": LossScaleSettings(**{**actor, **critic}),
+        }
         return cls(**{**node, **scales})
 
 
@@ -135,6 +140,10 @@ def _problems(node: Any, key: str = "verl_fp16") -> Iterator[Finding]:
         if value not in DTYPES:
             why = f"must be one of {', '.join(DTYPES)}, got {value!r}"
             yield Finding("error", f"{key}.{name}", value, why, advice="use one of the groups precision=...")
+    seconds = node.get("read_back_timeout_s", Settings.read_back_timeout_s)
+    if complaint := _seconds_complaint(seconds):
+        fix = (f"{key}.read_back_timeout_s={Settings.read_back_timeout_s:g}",)
+        yield Finding("error", f"{key}.read_back_timeout_s", seconds, complaint, fix)
     told = set()
     for name in SCALES:
         for finding in _scale_problems(node.get(name, {}), f"{key}.{name}"):
@@ -143,6 +152,12 @@ def _problems(node: Any, key: str = "verl_fp16") -> Iterator[Finding]:
             if name == SCALES[0] or said not in told:
                 yield finding
             told.add(said)
+
+
+def _seconds_complaint(value: Any) -> str:
+    if not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf:
+        return ""
+    return f"must be a finite number of seconds above 0, got {value!r}"
 
 
 def _scale_problems(values: Any, key: str) -> Iterator[Finding]:
