@@ -45,13 +45,23 @@ def install() -> None:
         from verl_fp16.hooks import patcher
 
         patcher.apply()
-        from verl_fp16.hooks.driver import register_resolver
-
-        register_resolver()
+        _register_resolver()
     except Exception as error:  # noqa: BLE001  whatever it is, it belongs where the flag is given, not into a DEBUG log
         _error = error
     else:
         _installed, _error = True, None
+
+
+def _register_resolver() -> None:
+    """Make ``${verl_fp16:<role>}`` resolve in this process."""
+    from omegaconf import DictConfig, OmegaConf
+
+    def answer(role: str, *, _root_: DictConfig) -> object:
+        from verl_fp16.hooks.driver import role_settings
+
+        return role_settings(role, _root_=_root_)
+
+    OmegaConf.register_new_resolver("verl_fp16", answer, replace=True)
 
 
 def require_active(verify: bool = False) -> None:

@@ -5,6 +5,8 @@ in vLLM's server. An import that fails stops the worker, so a node without this 
 are not in place, cannot train in something else than what the flag declared.
 """
 
-from verl_fp16.plugin import require_active
+from verl_fp16 import plugin
 
-require_active()
+plugin.require_active()
+# A process that was handed a resolved configuration has not resolved the flag itself.
+plugin.flag_given = True

@@ -233,13 +233,25 @@ def test_verls_sft_trainer_refuses_the_group():
         driver.check_before_start(lambda _: None)(config)
 
 
-def test_a_mistyped_flag_is_refused():
-    config = composed("+precison=fp16", resolve=False)
-    with pytest.raises(GuardError, match="unknown key precison=fp16: did you mean .precision=fp16"):
-        driver.check_before_start(lambda _: None)(config)
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    (
+        ("+precison=fp16", "fp16"),
+        ("+prec=fp16", "fp16"),
+        ("+dtype=bf16", "bf16"),
+        ("+fp16=true", "fp16"),
+        ("+trainer.precision=fp16", "fp16"),
+        ("+actor_rollout_ref.precision=fp16", "fp16"),
+    ),
+)
+def test_a_mistyped_flag_is_refused(override, meant):
+    key, _, value = override[1:].partition("=")
+    value = "True" if value == "true" else value
+    with pytest.raises(GuardError, match=rf"unknown key {key}={value}: did you mean .precision={meant}\?"):
+        driver.check_before_start(lambda _: None)(composed(override, resolve=False))
 
 
-@pytest.mark.parametrize("override", ("+precise=very", "+precisions=4", "+precision_note=fp16"))
+@pytest.mark.parametrize("override", ("+precise=very", "+precisions=4", "+precision_note=fp16", "+fp16=note"))
 def test_a_key_of_the_users_own_is_not_taken_for_a_slip(override):
     driver.check_before_start(lambda _: None)(composed(override, resolve=False))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,10 +17,10 @@ from verl_fp16 import guard, plugin
 from verl_fp16.findings import Finding, errors, render_errors, render_warnings
 from verl_fp16.guard.case import FSDP_SPELLINGS, MODELS, NODE, ROLES, dtype_of
 from verl_fp16.guard.roles import payload
+from verl_fp16.mistyped import GROUP, mistyped_flag
 from verl_fp16.refusal import GuardError, one_message
 from verl_fp16.settings import Settings, SettingsError
 
-GROUP = "precision"
 TRIPWIRE = "verl_fp16.required"
 
 # The parts of verl's configuration that the guard looks at: one that cannot be resolved cannot be vouched for.
@@ -35,6 +35,7 @@ def check_before_start(original: Callable[[Any], None]) -> Callable[[Any], None]
         with one_message(GuardError, plugin.PluginNotActive):
             if is_flag_given(config):
                 plugin.require_active(verify=True)
+                refuse_several_members(config)
                 guard_start(config)
                 keep_tripwire(config)
             else:
@@ -173,11 +174,21 @@ def refuse_mistyped_flag(config: Any) -> None:
     """
     if not isinstance(config, DictConfig):
         return
-    # Any other key is the user's own: what is refused has nearly the group's name, and one of its members as value.
     members = [path.stem for path in (Path(plugin.__file__).parent / "conf" / GROUP).glob("*.yaml")]
-    for key, value in OmegaConf.to_container(config, resolve=False).items():
-        if value in members and key != GROUP and get_close_matches(str(key), [GROUP], cutoff=0.8):
-            raise GuardError(f"verl_fp16: unknown key {key}={value}: did you mean +{GROUP}={value}?")
+    if slip := mistyped_flag(OmegaConf.to_container(config, resolve=False), members):
+        key, value, member = slip
+        raise GuardError(f"verl_fp16: unknown key {key}={value}: did you mean +{GROUP}={member}?")
+
+
+def refuse_several_members(config: DictConfig) -> None:
+    """``+precision=[fp16,bf16]`` is legal in Hydra, and the last one would win without a word.
+
+    Raises:
+        GuardError: naming them.
+    """
+    choice = HydraConfig.get().runtime.choices.get(GROUP) if HydraConfig.initialized() else None
+    if isinstance(choice, list | ListConfig):
+        raise GuardError(f"verl_fp16: {GROUP}={list(choice)} declares several precisions: name one of them")
 
 
 def tell_of_dead_dtype(config: Any) -> None:
@@ -243,8 +254,3 @@ def settings_for_role(role: str, config: DictConfig) -> DictConfig:
     if role not in known:
         raise SettingsError(f"${{verl_fp16:{role}}}: unknown role, known are {', '.join(known)}")
     return OmegaConf.create(payload(role, settings))  # OmegaConf.resolve takes no plain dict
-
-
-def register_resolver() -> None:
-    """Make ``${verl_fp16:<role>}`` resolve in this process."""
-    OmegaConf.register_new_resolver(NODE, role_settings, replace=True)
