@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl_fp16.findings import Finding
 from verl_fp16.recipe_files import Recipe
 
 PLAIN = "ppo_trainer"
@@ -39,7 +40,20 @@ class Change:
     ours: Any
 
 
-def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Composed:
+    """A configuration, and what the guard says of it.
+
+    Args:
+        values: plain containers, interpolations resolved.
+        findings: what a start with it would be refused for, or warned of; empty without the flag.
+    """
+
+    values: dict[str, Any]
+    findings: tuple[Finding, ...]
+
+
+def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = None) -> Composed:
     """verl's PPO configuration with ``overrides``, or a recipe's, with interpolations resolved.
 
     A value that cannot be resolved here (``${oc.env:...}`` of a variable that is not set, ``${hydra:...}``) stays as it
@@ -51,6 +65,7 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
     Raises:
         CompositionError: Hydra refuses an override or a defaults list.
         SettingsError: a setting under ``verl_fp16:`` is wrong.
+        GuardError: the flag is mistyped.
     """
     import yaml
     from hydra import compose as hydra_compose
@@ -70,8 +85,9 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
         raise CompositionError(" ".join(str(error).split())) from None
     if not driver.is_flag_given(config):
         driver.refuse_mistyped_flag(config)
+        return Composed(_resolved(config), ())
     _fill_in_role_settings(config)
-    return _resolved(config)
+    return Composed(_resolved(config), tuple(driver.examine(config)))
 
 
 def _behind_own_folder(config_dir: Path, overrides: Sequence[str], recipe: Path) -> list[str]:

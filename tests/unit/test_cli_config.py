@@ -103,7 +103,9 @@ def test_further_folders_on_the_search_path_are_kept(where, verl, tmp_path):
     in_recipe = f"hydra: {{searchpath: ['{folder}']}}\n" if where == "recipe" else ""
     path.write_text(f"defaults: [ppo_trainer, flavour: sour, _self_]\n{in_recipe}")
     overrides = [] if where == "recipe" else [f"hydra.searchpath=[{folder}]"]
-    assert difference.compose(verl.config_dir, overrides, find_recipe(str(path)))["flavour"] == {"taste": "lemon"}
+    assert difference.compose(verl.config_dir, overrides, find_recipe(str(path))).values["flavour"] == {
+        "taste": "lemon"
+    }
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_the_plugins_own_resolver_is_left_alone(verl, monkeypatch):
     plugin.require_active()
     asked = []
     monkeypatch.setattr(plugin, "require_active", lambda: asked.append(True))
-    assert invoke("+precision=fp16").exit_code == 0
+    assert "verl_fp16.train_dtype" in invoke("+precision=fp16").stdout
     assert asked == []
     with initialize_config_dir(str(verl.config_dir), version_base=None):
         config = compose("ppo_trainer", overrides=["+precision=fp16"])
@@ -154,3 +156,12 @@ def test_the_plugins_own_resolver_is_left_alone(verl, monkeypatch):
 )
 def test_changes(before, after, expected):
     assert [(c.key, c.theirs, c.ours) for c in difference.changes(before, after)] == expected
+
+
+def test_a_contradiction_is_told_beside_what_is_shown():
+    result = CliRunner().invoke(app, ["config", "+precision=fp16", "actor_rollout_ref.rollout.dtype=float32"])
+    assert result.exit_code == 1
+    assert "actor_rollout_ref.rollout.dtype" in result.stdout
+    assert "1 setting contradicts the precision flag" in result.stderr
+    result = CliRunner().invoke(app, ["config", "+precison=fp16"])
+    assert (result.exit_code, "did you mean +precision=fp16?" in result.stderr) == (2, True)

@@ -238,7 +238,7 @@ def test_a_role_without_its_engine_is_refused():
 
 
 def test_trainers_whose_dtypes_are_not_read_back_are_warned_of():
-    for entry in ("verl.experimental.one_step_off_policy.main_ppo", "verl.trainer.main_ppo_sync"):
+    for entry in ("verl.experimental.fully_async_policy.fully_async_main", "verl.trainer.main_ppo_sync"):
         assert [(finding.severity, finding.value) for finding in check((), entry=entry)] == [("warning", entry)]
     assert check((), entry="verl.trainer.main_ppo") == []
 

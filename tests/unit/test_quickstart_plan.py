@@ -28,7 +28,7 @@ from verl_fp16.supervise import RunResult
         (["trainer.test_freq=0.5"], "trainer.test_freq must be an integer"),
         (["~trainer.val_before_train"], "trainer.val_before_train must be true or false"),
         (["trainer.logger=[console]"], "trainer.logger must name 'file'"),
-        (["verl_fp16.loss_scale.init=abc"], "loss_scale.init must be a finite number"),
+        (["verl_fp16.loss_scale.init=abc"], "verl_fp16.loss_scale.init=abc\n   why: must be a finite number"),
         (["a=("], "a=("),
     ),
 )

@@ -22,11 +22,15 @@ def config(
 ) -> None:
     """Show what a recipe or overrides change, against the installed verl's own configuration.
 
+    What the guard would refuse a start for is told too, on stderr; the exit code is 1 then.
+
     Example: verl-fp16 config +precision=fp16
     """
     from verl_fp16 import config_difference as difference
+    from verl_fp16.findings import errors, render_errors, render_warnings
     from verl_fp16.installed import VerlNotFound, find_verl
     from verl_fp16.recipe_files import RecipeError, find_recipe
+    from verl_fp16.refusal import GuardError
     from verl_fp16.settings import SettingsError
 
     if diff and whole:
@@ -35,10 +39,11 @@ def config(
     try:
         verl = find_verl()
         recipe = find_recipe(recipe_name) if recipe_name else None
-        ours = difference.compose(verl.config_dir, overrides, recipe)
-        theirs = {} if whole else difference.compose(verl.config_dir, ())
-    except (RecipeError, VerlNotFound, difference.CompositionError, SettingsError) as error:
+        composed = difference.compose(verl.config_dir, overrides, recipe)
+        theirs = {} if whole else difference.compose(verl.config_dir, ()).values
+    except (RecipeError, VerlNotFound, difference.CompositionError, SettingsError, GuardError) as error:
         raise fail(error) from None
+    ours = composed.values
     if whole:
         typer.echo(difference.as_yaml(ours), nl=False)
     elif diff:
@@ -52,6 +57,10 @@ def config(
             print_table(("key", f"verl {verl.version}", "here"), rows)
         if not rows:
             typer.echo("verl-fp16: no difference", err=True)
+    typer.echo(render_warnings(composed.findings), err=True, nl=False)
+    if errors(composed.findings):
+        typer.echo(render_errors(composed.findings), err=True, nl=False)
+        raise typer.Exit(1)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -9,7 +9,6 @@ from verl_fp16.guard.case import NODE, Case
 
 # Trainers whose fit is not the one of verl.trainer.ppo.
 UNCOVERED = {
-    "one_step_off_policy": "the one-step-off-policy trainer",
     "fully_async_policy": "the fully asynchronous trainer",
     "main_ppo_sync": "the trainer of main_ppo_sync",
 }

@@ -194,13 +194,23 @@ def refuse_several_members(config: DictConfig) -> None:
 def tell_of_dead_dtype(config: Any) -> None:
     """Without the flag: one line on stderr for verl's documented FP16 key, which verl does not read."""
     keys = list(_float16_keys(config)) if isinstance(config, DictConfig) else []
-    if keys:
+    if keys and not _patched_to_read_it():
         print(
             f"verl_fp16: {', '.join(keys)} is not read by verl {installed_verl()}: training stays in bfloat16. "
             f"+{GROUP}=fp16 is the flag for FP16.",
             file=sys.stderr,
             flush=True,
         )
+
+
+def _patched_to_read_it() -> bool:
+    """Whether the installed verl carries our source patch, with which the key is read."""
+    from verl_fp16.hooks import HOOKS
+    from verl_fp16.patching.static import SourceTree, patched_in_source
+
+    engine = next(hook.target for hook in HOOKS if hook.name == "engine.loss_scaler")
+    function = SourceTree.of_package("verl").function(engine)
+    return function is not None and patched_in_source(function)
 
 
 def _float16_keys(config: DictConfig) -> Iterator[str]:

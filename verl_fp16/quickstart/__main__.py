@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from verl_fp16.leftovers import ray_temp_dir
 from verl_fp16.quickstart import report
 from verl_fp16.quickstart.progress import RunDisplay
-from verl_fp16.settings import SettingsError
+from verl_fp16.refusal import GuardError
 from verl_fp16.supervise import RunResult, run_supervised
 
 RECIPE = "quickstart"
@@ -137,7 +137,9 @@ def make_plan(precision: str, seed: int, output: Path | None, overrides: Sequenc
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose(RECIPE, overrides=list(everything))
         return Plan(precision, seed, folder, everything, *_check(config))
-    except (HydraException, OmegaConfBaseException, SettingsError) as error:
+    except GuardError as error:
+        raise WrongInput(str(error)) from None
+    except (HydraException, OmegaConfBaseException) as error:
         raise WrongInput(" ".join(str(error).split())) from None
 
 
@@ -157,14 +159,15 @@ def _check(config: Any) -> tuple[int, int]:
     """Training steps and validations of the composed configuration.
 
     Raises:
-        WrongInput, SettingsError: a value that the run, its display or its report cannot do with.
+        WrongInput: a value that the run, its display or its report cannot do with.
+        GuardError: settings that contradict the precision.
     """
     import verl  # noqa: F401  loads the plugin, whose resolver the flag's values need
     from omegaconf import OmegaConf
 
-    from verl_fp16.hooks.driver import read_settings
+    from verl_fp16.hooks.driver import guard_start
 
-    read_settings(config)
+    guard_start(config)
     OmegaConf.to_container(config, resolve=True)
     trainer = config.trainer
     steps, test_freq = trainer.total_training_steps, trainer.test_freq
