@@ -23,8 +23,18 @@ def _plugin_not_loaded(role: str) -> None:
         raise plugin.PluginNotActive("the verl_fp16 plugin is in place, but its resolver is not: imported too late")
 
 
-if not OmegaConf.has_resolver("verl_fp16"):
-    OmegaConf.register_new_resolver("verl_fp16", _plugin_not_loaded)
+def _cpu_room_not_loaded(_: str) -> None:
+    """Answers ``${verl_fp16_cpu:...}`` of ``hardware=cpu`` until the CPU room's plugin registers the real answer."""
+    from verl_fp16.cpu.choice import not_loaded
+    from verl_fp16.refusal import one_message
+
+    with one_message(RuntimeError):
+        raise not_loaded()
+
+
+for _name, _resolver in (("verl_fp16", _plugin_not_loaded), ("verl_fp16_cpu", _cpu_room_not_loaded)):
+    if not OmegaConf.has_resolver(_name):
+        OmegaConf.register_new_resolver(_name, _resolver)
 
 
 class VerlFp16SearchPathPlugin(SearchPathPlugin):

@@ -57,6 +57,10 @@ def _register_resolver() -> None:
     from omegaconf import DictConfig, OmegaConf
 
     def answer(role: str, *, _root_: DictConfig) -> object:
+        from verl_fp16.refusal import one_message
+
+        with one_message(PluginNotActive):
+            require_active()  # first: it tells what is wrong where the next import fails
         from verl_fp16.hooks.driver import role_settings
 
         return role_settings(role, _root_=_root_)

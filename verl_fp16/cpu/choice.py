@@ -39,3 +39,13 @@ def hand_on_to_workers(config: Any) -> None:
             key = f"ray_kwargs.ray_init.runtime_env.env_vars.{name}"
             if OmegaConf.select(config, key) is None:
                 OmegaConf.update(config, key, value, force_add=True)
+
+
+def not_loaded() -> RuntimeError:
+    """The error for ``hardware=cpu`` in a process into which verl has not loaded the CPU room's plugin."""
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "(unset)")
+    return RuntimeError(
+        "hardware=cpu is set, but verl did not load verl_fp16's plugin for it, and the run would look for a GPU. Check "
+        f"VERL_USE_EXTERNAL_PLUGINS={policy}: must be unset, 'auto', or name verl_fp16_cpu. On a verl below 0.9 set "
+        "VERL_USE_EXTERNAL_MODULES=verl_fp16.cpu.plugin (with verl_fp16.plugin for the precision flag)."
+    )

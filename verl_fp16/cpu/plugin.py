@@ -46,6 +46,7 @@ def choose_cpu_if_configured(original: Callable[[Any], None]) -> Callable[[Any],
 def install() -> None:
     """Put what this process needs in place. Idempotent."""
     patcher.apply()
+    _register_resolver()
     if not choice.chosen_by_environment():
         return
     try:
@@ -54,6 +55,13 @@ def install() -> None:
         activate()
     except Exception as error:  # noqa: BLE001  verl would log whatever it is at DEBUG and train elsewhere
         _fail_at_first_use(error)
+
+
+def _register_resolver() -> None:
+    """Make ``${verl_fp16_cpu:...}`` resolve, which ``hardware=cpu`` asks for: this plugin is loaded."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("verl_fp16_cpu", lambda _: "loaded", replace=True)
 
 
 def _fail_at_first_use(error: Exception) -> None:
