@@ -81,6 +81,7 @@ def two_ranks(release, tiny_model, tmp_path_factory) -> list[dict]:
     for strategy in STRATEGIES:
         calls[f"fp16 {strategy}"] = ("train_a_little", model, strategy, "float16", True, 4)
         calls[f"fault {strategy}"] = ("skip_on_fault", model, strategy)
+        calls[f"fault {strategy} fused"] = ("skip_on_fault", model, strategy, True)
     return on_ranks(2, run_calls, calls, folder=tmp_path_factory.mktemp("two-ranks"), release=release)
 
 
@@ -155,13 +156,19 @@ def test_clipped_norm_is_that_of_the_true_gradient(one_rank, strategy):
     assert full["scaler"] == "NoneType"
 
 
-def skip_on_fault(model: str, strategy: str) -> dict:
+def skip_on_fault(model: str, strategy: str, fused: bool = False) -> dict:
     """One clean step, one with an inf in rank 0's gradient alone, one clean step."""
     import torch.distributed as dist
 
     from verl_fp16 import standalone
 
-    engine = standalone.build_engine(model, precision=standalone.mixed_precision("float16"), strategy=strategy)
+    engine = standalone.build_engine(
+        model,
+        precision=standalone.mixed_precision("float16"),
+        strategy=strategy,
+        optimizer={"override_optimizer_config": {"fused": True}} if fused else None,
+    )
+    assert bool(engine.optimizer.defaults.get("fused")) is fused
     mine = SEQUENCES[dist.get_rank() :: dist.get_world_size()]
     batch = standalone.make_batch(mine)
     standalone.train_step(engine, batch)
@@ -183,9 +190,9 @@ def skip_on_fault(model: str, strategy: str) -> dict:
     return {"before": before, "after": after, "skipped": skipped, "applied": applied, "end": _local_shards(engine)}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_fault_on_one_rank_skips_on_all_and_changes_nothing(two_ranks, strategy):
-    for seen in (rank[f"fault {strategy}"] for rank in two_ranks):
+@pytest.mark.parametrize("case", [f"{strategy}{adam}" for strategy in STRATEGIES for adam in ("", " fused")])
+def test_fault_on_one_rank_skips_on_all_and_changes_nothing(two_ranks, case):
+    for seen in (rank[f"fault {case}"] for rank in two_ranks):
         (shards, state, scale), (shards_after, state_after, scale_after) = seen["before"], seen["after"]
         assert all(torch.equal(a, b) for a, b in zip(shards, shards_after, strict=True))
         assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(state, state_after, strict=True))
