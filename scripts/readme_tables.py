@@ -110,7 +110,7 @@ def versions_table() -> str:
     ]
     for version in reversed(SUPPORTED_VERL):
         trainer = "yes" if version == newest else "no"
-        patch = "applied, engine" if version == newest else "applied, imported"
+        patch = "applied, engine, trainer" if version == newest else "applied, imported"
         lines.append(f"| {version} | yes | yes | {trainer} | {patch} |")
     extra = re.search(r"^cpu = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1]
     pins = re.findall(r'"([\w.-]+)==([\w.]+)"', extra)

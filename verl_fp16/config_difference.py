@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl_fp16.findings import Finding
+from verl_fp16.findings import Finding, render_errors
 from verl_fp16.recipe_files import Recipe
 
 PLAIN = "ppo_trainer"
@@ -64,8 +64,7 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
 
     Raises:
         CompositionError: Hydra refuses an override or a defaults list.
-        SettingsError: a setting under ``verl_fp16:`` is wrong.
-        GuardError: the flag is mistyped.
+        GuardError: settings under ``verl_fp16:`` are wrong or cannot be resolved, or the flag is mistyped.
     """
     import yaml
     from hydra import compose as hydra_compose
@@ -74,6 +73,8 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
     from omegaconf.errors import OmegaConfBaseException
 
     from verl_fp16.hooks import driver
+    from verl_fp16.refusal import GuardError
+    from verl_fp16.settings import SettingsError
 
     own_file = recipe is not None and not recipe.shipped
     first = recipe.path.parent if own_file else config_dir
@@ -86,8 +87,13 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
     if not driver.is_flag_given(config):
         driver.refuse_mistyped_flag(config)
         return Composed(_resolved(config), ())
-    _fill_in_role_settings(config)
-    return Composed(_resolved(config), tuple(driver.examine(config)))
+    try:
+        _fill_in_role_settings(config)
+        findings = tuple(driver.examine(config))
+    except (SettingsError, OmegaConfBaseException):
+        found = driver.examine(config)  # all that is wrong, as a start would be told it
+        raise GuardError(render_errors(found, driver.declared_pair(config))) from None
+    return Composed(_resolved(config), findings)
 
 
 def _behind_own_folder(config_dir: Path, overrides: Sequence[str], recipe: Path) -> list[str]:

@@ -76,7 +76,9 @@ def _config_arguments(recipe: Recipe, verl: InstalledVerl) -> tuple[str, ...]:
 def _refuse_other_config(recipe: Recipe, arguments: Sequence[str]) -> None:
     for argument in arguments:
         flag = argument.partition("=")[0]
-        if flag in _RECIPE_FLAGS:
+        # Hydra's parser takes what an option begins with for the option, and a short one with its value behind it.
+        abbreviated = len(flag) > len("--config-") and any(full.startswith(flag) for full in _RECIPE_FLAGS)
+        if flag in _RECIPE_FLAGS or abbreviated or argument.startswith(("-cn", "-cp")):
             raise LaunchError(f"{flag} contradicts the recipe {recipe.name}: name the configuration as RECIPE")
         if flag in ("--config-dir", "-cd") and not recipe.shipped:
             raise LaunchError(

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 GROUP = "precision"
 
-# Other names that people give the flag.
+# Other names that people give the flag, and other names of its members.
 _SYNONYMS = ("dtype", "prec", "mixed_precision")
+_DTYPES = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+# Where else it is looked for; a key of that name elsewhere is the user's own.
+_NODES = ("trainer", "actor_rollout_ref", "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "critic")
 
 
 def mistyped_flag(config: Mapping[str, Any], members: Collection[str]) -> tuple[str, Any, str] | None:
     """A key that was meant to be the flag: (key, value, the flag's member), or None.
 
-    That is a key at the top with a name like the group's and one of ``members`` as value, a member's name that is set
-    to true, or the group's own name below the top. Any other key is the user's own.
+    That is a key at the top with a name like the group's and one of ``members`` (or their dtype) as value, a member's
+    name that is set to true, or the group's name in one of a few nodes. Any other key is the user's own.
 
     Args:
-        config: the configuration as plain containers, unresolved.
+        config: the configuration as plain containers, unresolved, without the flag.
         members: the names in the group.
     """
     for key, value in config.items():
-        if value is True and key in members:
-            return key, value, key
-        if isinstance(value, str) and value in members and key != GROUP and _like_the_flag(key):
-            return key, value, value
-    for key, value in _below_the_top(config):
-        if key.endswith(f".{GROUP}") and isinstance(value, str) and value in members:
-            return key, value, value
+        if value is True and key.lower() in members:
+            return key, value, key.lower()
+        if (member := _member(value, members)) and _like_the_flag(key.lower()):
+            return key, value, member
+    for name in _NODES:
+        node: Any = config
+        for part in name.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        value = node.get(GROUP) if isinstance(node, Mapping) else None
+        if member := _member(value, members):
+            return f"{name}.{GROUP}", value, member
     return None
+
+
+def _member(value: Any, members: Collection[str]) -> str | None:
+    word = value.lower() if isinstance(value, str) else ""
+    word = _DTYPES.get(word, word)
+    return word if word in members else None
 
 
 def _like_the_flag(key: str) -> bool:
     return key in _SYNONYMS or bool(get_close_matches(key, [GROUP], cutoff=0.8))
-
-
-def _below_the_top(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _below_the_top(value, f"{prefix}{key}.")
-        elif prefix:
-            yield f"{prefix}{key}", value

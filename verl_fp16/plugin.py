@@ -60,9 +60,11 @@ def _register_resolver() -> None:
         from verl_fp16.refusal import one_message
 
         with one_message(PluginNotActive):
-            require_active()  # first: it tells what is wrong where the next import fails
-        from verl_fp16.hooks.driver import role_settings
-
+            require_active()
+            try:
+                from verl_fp16.hooks.driver import role_settings
+            except ImportError as error:
+                raise PluginNotActive(f"the plugin could not be put in place: ImportError: {error}") from error
         return role_settings(role, _root_=_root_)
 
     OmegaConf.register_new_resolver("verl_fp16", answer, replace=True)

@@ -14,7 +14,7 @@ _NOISE = re.compile(r"\s*\[repeated \d+x across cluster\].*|\b\w+ ID: [0-9a-f]{1
 _HARMLESS = re.compile(r"^(?:DEBUG|INFO|WARNING)\b")
 _LOG_HEAD = re.compile(r"^(?:ERROR|CRITICAL)\b[^\]]{0,80}\]\s*")
 _TELLING = re.compile(
-    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?:\([\w.]+\))?(?::|$)"
+    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Stopped)(?:\([\w.]+\))?(?::|$)"
     r"|CUDA (?:error|out of memory|driver)|device-side assert|NCCL (?:error|failure)|[Oo]ut of memory|OOM[- ]?kill"
     r"|(?:actor|worker) (?:is dead|died)|[Tt]he actor .*died|node (?:is dead|died)|EngineDeadError"
     r"|Fatal Python error|Segmentation fault|Bus error|core dumped|^Killed|No space left on device"

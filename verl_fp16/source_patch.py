@@ -94,6 +94,10 @@ def apply(tree: Path, reverse: bool = False) -> bool:
 
 
 def _git_apply(tree: Path, patch: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    if os.pathsep in str(tree.resolve().parent):
+        raise PatchRefused(
+            f"{tree} lies in a folder with {os.pathsep!r} in its name, which git cannot be told of: move it"
+        )
     # In a folder below a repository git would pass over every file without a word: it must not find that repository.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.resolve().parent), "LC_ALL": "C"}
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):

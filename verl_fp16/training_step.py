@@ -56,11 +56,18 @@ class StepRecord:
         """End the run after this step's metrics are logged, with :class:`TrainingStopped` and a non-zero exit code."""
         self.stopped_by.append((self._observer, reason))
 
-    def raise_if_stopped(self) -> None:
-        """Raise :class:`TrainingStopped` where an observer stopped the run or failed."""
+    def raise_if_stopped(self, besides: Exception | None = None) -> None:
+        """Raise :class:`TrainingStopped` where an observer stopped the run or failed.
+
+        Args:
+            besides: what went wrong while the step was logged or its checkpoint written.
+        """
         if self.stopped_by:
             reasons = "; ".join(f"{observer}: {reason}" for observer, reason in self.stopped_by)
-            raise TrainingStopped(f"training was stopped at step {self.number} by {reasons}") from self._error
+            also = f" (and then {type(besides).__name__}: {besides})" if besides else ""
+            raise TrainingStopped(f"training was stopped at step {self.number} by {reasons}{also}") from (
+                besides or self._error
+            )
 
 
 Observer = Callable[[StepRecord], None]

@@ -109,7 +109,8 @@ def _argument(name: str, target: Target) -> Any:
     if name == "self":
         # As verl's own tests build them: no __init__ ran.
         owner = import_object(target.path.rpartition(".")[0])
-        bare = type(owner.__name__, (owner,), {})
+        # Without a finalizer, which would miss what __init__ sets.
+        bare = type(owner.__name__, (owner,), {"__del__": lambda self: None})
         bare.__abstractmethods__ = frozenset()
         return object.__new__(bare)
     if name == "config":

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from releases import RELEASES, release_environment
 
 from verl_fp16 import plugin
@@ -82,7 +82,7 @@ def test_verl_hands_it_to_the_workers_as_declared(tiny_model):
         f"actor_rollout_ref.model.path={tiny_model}",
         resolve=False,
     )
-    driver.check_before_start(lambda _: None)(config)
+    driver.check_before_start(config)
     OmegaConf.resolve(config)
     nodes = {"actor": config.actor_rollout_ref.actor.fsdp_config, "critic": config.critic.fsdp}
     nodes["ref"] = config.actor_rollout_ref.ref.fsdp_config
@@ -206,7 +206,7 @@ MIXED = "actor_rollout_ref.actor.fsdp_config.mixed_precision"
 def test_a_role_that_is_cut_off_from_the_flag_is_refused(override, message):
     config = composed("+precision=fp16", override, resolve=False)
     with pytest.raises(GuardError) as caught:
-        driver.check_before_start(lambda _: None)(config)
+        driver.check_before_start(config)
     assert message in str(caught.value)
 
 
@@ -221,7 +221,7 @@ def test_a_role_that_is_cut_off_from_the_flag_is_refused(override, message):
 )
 def test_the_tripwire_stays_whatever_external_lib_is_set_to(override, modules):
     config = composed("+precision=fp16", override, resolve=False)
-    driver.check_before_start(lambda _: None)(config)
+    driver.check_before_start(config)
     assert config.actor_rollout_ref.model.external_lib == modules
     assert config.critic.model.external_lib == "verl_fp16.required"
 
@@ -230,7 +230,7 @@ def test_verls_sft_trainer_refuses_the_group():
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("sft_trainer_engine", overrides=["+precision=fp16"])
     with pytest.raises(GuardError, match="PPO entry points"):
-        driver.check_before_start(lambda _: None)(config)
+        driver.check_before_start(config)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,8 @@ def test_verls_sft_trainer_refuses_the_group():
         ("+prec=fp16", "fp16"),
         ("+dtype=bf16", "bf16"),
         ("+fp16=true", "fp16"),
+        ("+PRECISION=FP16", "fp16"),
+        ("+precison=float16", "fp16"),
         ("+trainer.precision=fp16", "fp16"),
         ("+actor_rollout_ref.precision=fp16", "fp16"),
     ),
@@ -248,18 +250,28 @@ def test_a_mistyped_flag_is_refused(override, meant):
     key, _, value = override[1:].partition("=")
     value = "True" if value == "true" else value
     with pytest.raises(GuardError, match=rf"unknown key {key}={value}: did you mean .precision={meant}\?"):
-        driver.check_before_start(lambda _: None)(composed(override, resolve=False))
+        driver.check_before_start(composed(override, resolve=False))
 
 
-@pytest.mark.parametrize("override", ("+precise=very", "+precisions=4", "+precision_note=fp16", "+fp16=note"))
+@pytest.mark.parametrize(
+    "override", ("+precise=very", "+precisions=4", "+precision_note=fp16", "+fp16=note", "+data.precision=fp32")
+)
 def test_a_key_of_the_users_own_is_not_taken_for_a_slip(override):
-    driver.check_before_start(lambda _: None)(composed(override, resolve=False))
+    driver.check_before_start(composed(override, resolve=False))
+
+
+def test_the_flag_as_a_plain_key_of_a_recipe_is_refused():
+    config = composed(resolve=False)
+    with open_dict(config):
+        config.precision = "fp16"
+    with pytest.raises(GuardError, match="goes into the defaults list: - precision: fp16"):
+        driver.check_before_start(config)
 
 
 def test_without_the_group_nothing_is_checked_nor_changed():
     config = composed("actor_rollout_ref.model.external_lib=mine", resolve=False)
     before = OmegaConf.to_yaml(config)
-    driver.check_before_start(lambda _: None)(config)
+    driver.check_before_start(config)
     assert OmegaConf.to_yaml(config) == before
 
 
@@ -338,16 +350,18 @@ def _command(process: psutil.Process) -> list[str]:
 
 def test_a_warning_lets_the_run_go_on_and_is_told_once(capsys):
     config = composed("+precision=fp16", "actor_rollout_ref.rollout.top_p=0.9", resolve=False)
-    driver.check_before_start(lambda _: None)(config)
+    driver.check_before_start(config)
     told = capsys.readouterr().err
     assert told.count("actor_rollout_ref.rollout.top_p=0.9") == 1
-    assert "1 warning; the run goes on" in told
+    assert told.count("the run goes on") == 1
 
 
 def test_wrong_settings_and_contradictions_come_out_together():
     config = composed("+precision=fp16", "verl_fp16.train_dtype=fp17", "critic.strategy=veomni", resolve=False)
     keys = [finding.key for finding in driver.examine(config)]
-    assert keys == ["verl_fp16.train_dtype", "critic.strategy"], "roles are not held against a dtype that is none"
+    # Of verl 0.8 there is a warning besides.
+    assert keys[:2] == ["verl_fp16.train_dtype", "critic.strategy"], "roles are not held against a dtype that is none"
+    assert set(keys[2:]) <= {"verl"}
 
 
 def test_an_interpolation_that_leads_nowhere_is_an_error_of_its_own():
@@ -361,12 +375,12 @@ def test_without_the_flag_the_dead_key_is_told_of_in_one_line(dtype, capsys):
     key = "actor_rollout_ref.actor.fsdp_config.dtype"
     config = composed(f"{key}={dtype}", resolve=False)
     before = OmegaConf.to_yaml(config)
-    driver.check_before_start(lambda _: None)(config)
+    driver.check_before_start(config)
     told = capsys.readouterr().err
-    assert f"{key}={dtype} is not read by verl 0.9.1" in told and "+precision=fp16" in told
+    assert f"{key}={dtype} is not read by verl {driver.installed_verl()}" in told and "+precision=fp16" in told
     assert told.count("\n") == 1
     assert OmegaConf.to_yaml(config) == before
-    driver.check_before_start(lambda _: None)(composed(resolve=False))
+    driver.check_before_start(composed(resolve=False))
     assert capsys.readouterr().err == "", "verl's default is not told of"
 
 
@@ -386,7 +400,7 @@ def test_a_worker_without_the_hooks_stops():
     code = (
         "from verl.utils.import_utils import import_external_libs as f; f('verl_fp16.required')\n"
         "import verl.workers.engine.fsdp.transformer_impl, verl.utils.debug.metrics, verl_fp16.hooks as h\n"
-        "print(set(h.patcher.status().values()))"
+        "print({h.patcher.status()[name] for name in ('engine.loss_scaler', 'metrics.log_prob_gap')})"
     )
 
     def worker(**env):

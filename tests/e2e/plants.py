@@ -4,46 +4,54 @@ verl imports this module through ``model.external_lib`` in the trainer, in every
 """
 
 import os
-import sys
 import time
 
 PLANTS = os.environ["PLANTS"].split(",")
 
 
 def train_rank_1_in_bf16() -> None:
-    engine = sys.modules.get("verl.workers.engine.fsdp.transformer_impl")
-    if engine is None or os.environ.get("RANK") != "1":
+    if os.environ.get("RANK") != "1" or is_server():
         return
-    original = engine.FSDPEngine.__init__
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+    original = FSDPEngine.__init__
 
     def __init__(self, *args, **kwargs):
         original(self, *args, **kwargs)
         if self.engine_config.mixed_precision["verl_fp16"]["role"] == "actor":
             self.engine_config.mixed_precision["param_dtype"] = "bf16"
 
-    engine.FSDPEngine.__init__ = __init__
+    FSDPEngine.__init__ = __init__
 
 
-def before_server_starts(replica: int, change) -> None:
-    module = sys.modules.get("verl.workers.rollout.vllm_rollout.vllm_async_server")
-    if module is None:
+def is_server() -> bool:
+    """verl's vLLM server says which replica it is before it builds the model's configuration, which imports this."""
+    return "VERL_REPLICA_RANK" in os.environ
+
+
+def before_vllm_starts(replica: int, change) -> None:
+    """Call ``change`` with the arguments of vLLM's command line, in the server of one replica."""
+    if os.environ.get("VERL_REPLICA_RANK") != str(replica):
         return
-    original = module.vLLMHttpServer._preprocess_engine_kwargs
+    from verl.workers.rollout.vllm_rollout import vllm_async_server as server
 
-    def _preprocess_engine_kwargs(self, engine_kwargs):
-        original(self, engine_kwargs)
-        if self.replica_rank == replica:
-            change(engine_kwargs)
+    # A function of the module: Ray has copied the methods of the actor's class before anything of it runs.
+    original = server.build_cli_args_from_config
 
-    module.vLLMHttpServer._preprocess_engine_kwargs = _preprocess_engine_kwargs
+    def build_cli_args_from_config(config):
+        config = dict(config)
+        change(config)
+        return original(config)
+
+    server.build_cli_args_from_config = build_cli_args_from_config
 
 
 def roll_out_replica_0_in_bf16() -> None:
-    before_server_starts(0, lambda engine_kwargs: engine_kwargs.update(dtype="bfloat16"))
+    before_vllm_starts(0, lambda config: config.update(dtype="bfloat16"))
 
 
 def leave_the_package_out_of_replica_1s_worker() -> None:
-    before_server_starts(1, lambda engine_kwargs: os.environ.update(VERL_FP16_DISABLE="1"))
+    before_vllm_starts(1, lambda config: os.environ.update(VERL_FP16_DISABLE="1"))
 
 
 def silence_rank_1() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from releases import PATCHED
 from shared_memory import left_shared_memory
 from trainer import Run, train
 
@@ -194,7 +195,7 @@ def test_a_silent_rank_ends_the_run_after_the_timeout(tiny_model, tmp_path):
     assert len(run.read_back["differences"]) == 1
 
 
-def test_fsdp1_with_critic_and_reference(tiny_model, tmp_path):
+def test_fsdp1_with_critic_and_reference_on_a_verl_patched_in_its_source(tiny_model, tmp_path):
     run = train(
         tmp_path,
         tiny_model,
@@ -205,9 +206,12 @@ def test_fsdp1_with_critic_and_reference(tiny_model, tmp_path):
         "verl_fp16.critic_loss_scale.init=4096",
         "actor_rollout_ref.actor.use_kl_loss=true",
         "trainer.save_freq=2",
+        release=PATCHED,
     )
     check_nothing_left(run)
     check_read_back(run, "actor", "ref", "critic", ranks=1, kind="FSDP1")
+    for process in run.read_back["processes"]:
+        assert {status.partition(":")[0] for status in process["report"]["hooks"].values()} <= {"not needed", "pending"}
     for number in (1, 2):
         check_fp16_step(run.step(number))
         check_gap(run.step(number))

@@ -11,7 +11,7 @@ from verl_fp16 import installed
 from verl_fp16.cli.app import app
 from verl_fp16.installed import InstalledVerl
 from verl_fp16.recipe_files import find_recipe
-from verl_fp16.settings import SettingsError
+from verl_fp16.refusal import GuardError
 
 PLAIN = """
 data: {seed: null, files: [a, b], name: "1"}
@@ -124,7 +124,7 @@ def test_what_cannot_be_composed_is_one_message(override, message, verl):
 
 
 def test_wrong_settings_are_named(verl):
-    with pytest.raises(SettingsError, match="loss_scale.init must be at least"):
+    with pytest.raises(GuardError, match=r"verl_fp16.loss_scale.init=0.1\n   why: must be at least"):
         difference.compose(verl.config_dir, ["+precision=fp16", "verl_fp16.loss_scale.init=0.1"])
 
 
@@ -165,3 +165,10 @@ def test_a_contradiction_is_told_beside_what_is_shown():
     assert "1 setting contradicts the precision flag" in result.stderr
     result = CliRunner().invoke(app, ["config", "+precison=fp16"])
     assert (result.exit_code, "did you mean +precision=fp16?" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("override", ("~verl_fp16", "~verl_fp16.loss_scale", "~verl_fp16.loss_scale.init"))
+def test_what_an_override_tore_out_is_one_message(override):
+    result = CliRunner().invoke(app, ["config", "+precision=fp16", override])
+    assert (result.exit_code, result.exception.__class__) == (2, SystemExit)
+    assert "verl_fp16" in result.stderr and "fix:" in result.stderr

@@ -126,7 +126,11 @@ CONTRADICTIONS = (
     (f"{ROLLOUT}.logprobs_mode=raw_logprobs", "warning", f"{ROLLOUT}.logprobs_mode", "temperature"),
     (f"{ROLLOUT}.top_p=0.9", "warning", f"{ROLLOUT}.top_p", "truncated"),
     (f"{ROLLOUT}.top_k=50", "warning", f"{ROLLOUT}.top_k", "truncated"),
-    (f"{ROLLOUT}.name=sglang", "warning", f"{ROLLOUT}.name", "not checked"),
+    (f"{ROLLOUT}.name=sglang", "error", f"{ROLLOUT}.name", "could not be proved"),
+    (f"{ROLLOUT}.load_format=bitsandbytes", "error", f"{ROLLOUT}.load_format", "quantized weights"),
+    (f"{ROLLOUT}.disaggregation.enabled=true", "error", f"{ROLLOUT}.disaggregation.enabled", "not read back"),
+    (f"{VLLM}.config=/x.yaml", "error", f"{VLLM}.config", "wins over"),
+    (f"{VLLM}.worker_cls=a.B", "error", f"{VLLM}.worker_cls", "wins over"),
     (f"{ROLLOUT}.name=hf", "error", f"{ROLLOUT}.name", "no rollout"),
     (f"{ROLLOUT}.checkpoint_engine.backend=mooncake", "error", f"{ROLLOUT}.checkpoint_engine.backend", "bfloat16"),
     (f"{ROLLOUT}.checkpoint_engine.backend=mine", "warning", f"{ROLLOUT}.checkpoint_engine.backend", "not know"),
@@ -167,7 +171,7 @@ def test_a_contradiction_is_found_and_its_fix_removes_it(override, severity, key
 def test_every_rule_is_among_these_or_has_a_test_of_its_own():
     """A rule that nothing here sets off could be lost unseen."""
     own = {"idle_scaler", "float16_fits", "temperature_of_raw_log_probs", "teachers", "full_weights"}
-    own |= {"entry_point", "trainers"}
+    own |= {"entry_point", "trainers", "quantized_model"}
     config, settings = configuration()
     cases = [guard.Case(apply(config, (row[0],)), settings, "0.9.1") for row in CONTRADICTIONS]
     assert {rule.__name__ for rule in guard.RULES if not any(list(rule(case)) for case in cases)} == own
@@ -281,3 +285,9 @@ def test_vllms_own_list_is_read_without_importing_it(tmp_path, monkeypatch):
 def test_a_finding_has_to_say_what_to_do():
     with pytest.raises(ValueError, match="has to say what to do"):
         Finding("error", "a", 1, "because")
+
+
+def test_a_quantized_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "quantization_config": {"quant_method": "fp8"}}')
+    found = check((f"actor_rollout_ref.model.path={tmp_path}",))
+    assert [(finding.key, "quantized" in finding.why) for finding in found] == [("actor_rollout_ref.model.path", True)]

@@ -172,11 +172,20 @@ def test_a_rollout_field_that_differs_is_named(field, value):
     assert "declared float16" in found
 
 
-def test_what_vllm_keeps_in_float32_and_a_kv_dtype_by_name_are_no_difference():
+def test_what_vllm_keeps_in_float32_is_no_difference():
     assert planted(ROLLOUT, "roles/rollout/parameters", ["float16", "float32"]) == []
+
+
+@pytest.mark.parametrize("found", (["float16", "float8_e4m3fn"], ["float16", "uint8"], ["float16", "float32", "int32"]))
+def test_a_quantized_model_is_a_difference(found):
+    (difference,) = planted(ROLLOUT, "roles/rollout/parameters", found)
+    assert "parameters is" in difference
+
+
+def test_a_kv_cache_in_another_dtype_is_a_difference_also_where_it_was_asked_for():
     answers = copy.deepcopy(good())
     answers[ROLLOUT].report["roles"]["rollout"].update(kv_cache=["uint8"], kv_cache_setting="fp8")
-    assert differences(FP16, answers) == []
+    assert [difference.what for difference in differences(FP16, answers)] == ["kv_cache"]
 
 
 def test_a_rank_that_did_not_report_is_named_with_its_place():

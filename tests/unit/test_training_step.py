@@ -203,6 +203,8 @@ def test_a_trainer_with_an_asynchronous_loop_is_covered():
 
 
 def test_a_trainer_that_is_not_known_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "flag_given", False)
+    monkeypatch.setattr(hooks, "_warned", False)
     tracking = Tracking()
     tracking.log(data=dict(STEP), step=1)
     assert caplog.text == "", "without the flag nothing is said"
@@ -211,3 +213,20 @@ def test_a_trainer_that_is_not_known_is_said_once(monkeypatch, caplog):
     tracking.log(data=dict(STEP), step=2)
     assert caplog.text.count("was not read back") == 1
     assert len(tracking.logged) == 3
+
+
+def test_a_stop_stands_though_its_checkpoint_fails():
+    trainer = Trainer()
+
+    def fail():
+        raise OSError("disk full")
+
+    trainer._save_checkpoint = fail
+
+    def watch(step):
+        step.save_checkpoint()
+        step.stop("the gap is too large")
+
+    observe(watch)
+    with pytest.raises(TrainingStopped, match=r"the gap is too large \(and then OSError: disk full\)"):
+        trainer.fit()

@@ -31,7 +31,6 @@ def config(
     from verl_fp16.installed import VerlNotFound, find_verl
     from verl_fp16.recipe_files import RecipeError, find_recipe
     from verl_fp16.refusal import GuardError
-    from verl_fp16.settings import SettingsError
 
     if diff and whole:
         raise fail("--diff and --all exclude each other")
@@ -41,7 +40,7 @@ def config(
         recipe = find_recipe(recipe_name) if recipe_name else None
         composed = difference.compose(verl.config_dir, overrides, recipe)
         theirs = {} if whole else difference.compose(verl.config_dir, ()).values
-    except (RecipeError, VerlNotFound, difference.CompositionError, SettingsError, GuardError) as error:
+    except (RecipeError, VerlNotFound, difference.CompositionError, GuardError) as error:
         raise fail(error) from None
     ours = composed.values
     if whole:

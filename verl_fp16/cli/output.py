@@ -12,7 +12,8 @@ WRONG_INPUT = 2
 
 def fail(message: object, code: int = WRONG_INPUT) -> typer.Exit:
     """Print ``message`` on stderr; raise what is returned to end with ``code``."""
-    typer.echo(f"verl-fp16: {message}", err=True)
+    text = str(message)
+    typer.echo(text.rstrip() if text.startswith("verl_fp16: ") else f"verl-fp16: {text}", err=True)
     return typer.Exit(code)
 
 

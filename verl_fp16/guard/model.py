@@ -47,19 +47,19 @@ def _keys_of(path: Path) -> frozenset[str] | None:
     return None
 
 
-def model_type(path: str) -> str | None:
-    """``model_type`` of a model folder, or of a model in the local Hugging Face cache; None if it is neither."""
+def model_config(path: str) -> dict:
+    """``config.json`` of a model folder, or of a model in the local Hugging Face cache; empty if it is neither."""
     file = Path(path).expanduser() / "config.json"
     if not file.is_file():
         cached = _cached_config(path)
         if cached is None:
-            return None
+            return {}
         file = Path(cached)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return config.get("model_type") if isinstance(config, dict) else None
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _cached_config(repository: str) -> str | None:
@@ -81,10 +81,20 @@ def float16_fits(case: Case) -> Iterator[Finding]:
         path = case.get(f"{key}.hf_config_path", None) or case.get(f"{key}.path", None)
         if "float16" not in dtypes or not isinstance(path, str):
             continue
-        kind = model_type(path)
+        kind = model_config(path).get("model_type")
         if kind is not None and kind in refused_in_float16():
             why = f"a model of the type {kind}, whose activations overflow float16: vLLM refuses it in float16"
             yield Finding("error", f"{key}.path", path, why, advice="use +precision=bf16 or fp32, or another model")
+
+
+def quantized_model(case: Case) -> Iterator[Finding]:
+    """A checkpoint that says it is quantized is loaded so by vLLM, whatever ``--dtype`` says."""
+    for model in MODELS:
+        path = case.get(f"{model}.hf_config_path", None) or case.get(f"{model}.path", None)
+        if isinstance(path, str) and (found := model_config(path).get("quantization_config")):
+            method = found.get("quant_method", "?") if isinstance(found, dict) else found
+            why = f"the model is quantized ({method}), which the flag's declaration does not cover"
+            yield Finding("error", f"{model}.path", path, why, advice="use a checkpoint that is not quantized")
 
 
 def inert_dtypes(case: Case) -> Iterator[Finding]:
@@ -126,4 +136,4 @@ def other_kernels(case: Case) -> Iterator[Finding]:
         yield Finding("warning", key, value, why, (f"{key}={str(not value).lower()}",))
 
 
-RULES = (float16_fits, inert_dtypes, other_kernels)
+RULES = (float16_fits, quantized_model, inert_dtypes, other_kernels)

@@ -21,9 +21,9 @@ def engine(case: Case) -> Iterator[Finding]:
     if value in ("sglang", "trtllm"):
         why = (
             f"{value} is handed rollout.dtype too, but this package was built for vLLM and reads nothing back from "
-            f"{value}: whether it computes in {case.rollout} is not checked"
+            f"{value}: that it computes in {case.rollout} could not be proved, and the run would be stopped"
         )
-        yield Finding("warning", key, value, why, (f"{key}=vllm",))
+        yield Finding("error", key, value, why, (f"{key}=vllm",))
     elif value not in (ABSENT, "???", "vllm"):
         yield Finding("error", key, value, f"verl has no rollout {value!r}", (f"{key}=vllm",))
 
@@ -49,13 +49,24 @@ def _vllm_dtype(case: Case, key: str, value: Any, fix: tuple[str, ...]) -> Itera
     yield Finding("error", key, value, why, fix, "for another pair of dtypes use another precision=...")
 
 
+# Options of vLLM's that can change in which dtype it computes, though their names do not say so: config is a file with
+# any options, the worker classes take the place of the one that is read back.
+_OTHER_OPTIONS = (
+    "hf_overrides",
+    "logprobs_mode",
+    "model",
+    "config",
+    "load_format",
+    "worker_cls",
+    "worker_extension_cls",
+)
+
+
 def engine_arguments(case: Case) -> Iterator[Finding]:
     """``rollout.engine_kwargs.vllm`` goes to vLLM's command line last, so that it wins over verl's own arguments."""
     for name, value in case.children(VLLM).items():
         key, option = f"{VLLM}.{name}", str(name).replace("-", "_")
-        if value is None or not (
-            PRECISION_WORDS.search(option) or option in ("hf_overrides", "logprobs_mode", "model")
-        ):
+        if value is None or not (PRECISION_WORDS.search(option) or option in _OTHER_OPTIONS or "quant" in str(value)):
             continue  # verl leaves an argument that is null out
         if option == "dtype":
             yield from _vllm_dtype(case, key, value, (f"~{key}",))
@@ -92,6 +103,23 @@ def quantization(case: Case) -> Iterator[Finding]:
         if value is not None:
             why = f"vLLM would compute with quantized weights while {ROLLOUT} declares {case.rollout}"
             yield Finding("error", key, value, why, (f"{key}=null",))
+
+
+def load_format(case: Case) -> Iterator[Finding]:
+    """``rollout.load_format``: some formats bring quantized weights."""
+    key = f"{GENERATION}.load_format"
+    value = case.get(key, "dummy")
+    if value in ("bitsandbytes", "gguf"):
+        why = f"vLLM would hold quantized weights while {ROLLOUT} declares {case.rollout}"
+        yield Finding("error", key, value, why, (f"{key}=dummy",))
+
+
+def disaggregation(case: Case) -> Iterator[Finding]:
+    """``rollout.disaggregation``: prefill and decode in servers of their own, each with its own workers."""
+    key = f"{GENERATION}.disaggregation.enabled"
+    if case.get(key, False) is True:
+        why = "what the workers of separate prefill and decode servers run is not read back yet"
+        yield Finding("error", key, True, why, (f"{key}=false",))
 
 
 def log_probs(case: Case) -> Iterator[Finding]:
@@ -161,6 +189,8 @@ RULES = (
     dtype,
     engine_arguments,
     quantization,
+    load_format,
+    disaggregation,
     log_probs,
     log_probs_mode,
     truncated_sampling,

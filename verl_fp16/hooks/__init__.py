@@ -1,6 +1,7 @@
 """Every place of verl that this package touches: :data:`HOOKS`, the only registry.
 
-One module for each concern: :mod:`~verl_fp16.hooks.driver` (the process that reads the configuration),
+One module for each concern: :mod:`~verl_fp16.hooks.entry` and
+:mod:`~verl_fp16.hooks.driver` (the process that reads the configuration),
 :mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics), :mod:`~verl_fp16.hooks.metrics` (the gap
 between rollout and training), :mod:`~verl_fp16.hooks.trainer` (the read-back before the first rollout, the seam of the
 training step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back).
@@ -18,7 +19,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         name="driver.check",
         target=Target("verl.utils.device:auto_set_device", ("config",)),
-        wrapper="verl_fp16.hooks.driver:check_before_start",
+        wrapper="verl_fp16.hooks.entry:check_before_start",
         why="verl accepts settings of ours that are wrong, and starts where our plugin is not in place",
         how="checks the node verl_fp16 and the plugin before Ray starts",
         until="never: it is ours",

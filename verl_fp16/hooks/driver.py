@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,22 +25,22 @@ TRIPWIRE = "verl_fp16.required"
 JUDGED = ("actor_rollout_ref", "critic", "algorithm", "trainer", "distillation", "model_engine")
 
 
-def check_before_start(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """``auto_set_device`` is the first thing that each of verl's entry points does with its configuration."""
+def check_before_start(config: Any) -> None:
+    """Refuse what cannot do what the flag declares; without the flag, say what only looks like it.
 
-    def auto_set_device(config: Any) -> None:
-        original(config)
-        with one_message(GuardError, plugin.PluginNotActive):
-            if is_flag_given(config):
-                plugin.require_active(verify=True)
-                refuse_several_members(config)
-                guard_start(config)
-                keep_tripwire(config)
-            else:
-                refuse_mistyped_flag(config)
-                tell_of_dead_dtype(config)
-
-    return auto_set_device
+    Raises:
+        Refused: in verl's launcher, with one message.
+        GuardError, PluginNotActive: elsewhere.
+    """
+    with one_message(GuardError, plugin.PluginNotActive):
+        if is_flag_given(config):
+            plugin.require_active(verify=True)
+            refuse_several_members(config)
+            guard_start(config)
+            keep_tripwire(config)
+        else:
+            refuse_mistyped_flag(config)
+            tell_of_dead_dtype(config)
 
 
 def is_flag_given(config: Any) -> bool:
@@ -94,13 +92,10 @@ def examine(config: DictConfig) -> list[Finding]:
 
 
 def installed_verl() -> str:
-    """verl's release; of a checkout without metadata, what verl itself says."""
-    try:
-        return version("verl")
-    except PackageNotFoundError:
-        import verl
+    """The release of the verl that is imported here, or would be."""
+    from verl_fp16.hooks import VERL
 
-        return verl.__version__
+    return VERL.installed()
 
 
 def read_node(config: DictConfig) -> tuple[Settings | None, list[Finding]]:
@@ -177,7 +172,8 @@ def refuse_mistyped_flag(config: Any) -> None:
     members = [path.stem for path in (Path(plugin.__file__).parent / "conf" / GROUP).glob("*.yaml")]
     if slip := mistyped_flag(OmegaConf.to_container(config, resolve=False), members):
         key, value, member = slip
-        raise GuardError(f"verl_fp16: unknown key {key}={value}: did you mean +{GROUP}={member}?")
+        hint = f" In a recipe it goes into the defaults list: - {GROUP}: {member}" if key == GROUP else ""
+        raise GuardError(f"verl_fp16: unknown key {key}={value}: did you mean +{GROUP}={member}?{hint}")
 
 
 def refuse_several_members(config: DictConfig) -> None:
@@ -186,6 +182,8 @@ def refuse_several_members(config: DictConfig) -> None:
     Raises:
         GuardError: naming them.
     """
+    from hydra.core.hydra_config import HydraConfig  # Hydra's part of it is slow to import
+
     choice = HydraConfig.get().runtime.choices.get(GROUP) if HydraConfig.initialized() else None
     if isinstance(choice, list | ListConfig):
         raise GuardError(f"verl_fp16: {GROUP}={list(choice)} declares several precisions: name one of them")

@@ -44,7 +44,7 @@ def fit_what_was_declared(original: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _fitting(trainer: Any) -> Iterator[None]:
     global _trainer
-    if not is_flag_given(trainer.config):
+    if not is_flag_given(getattr(trainer, "config", None)):
         yield
         return
     check_what_runs(trainer)
@@ -69,18 +69,29 @@ def check_what_runs(trainer: Any) -> None:
     answers = gather(trainer, settings.read_back_timeout_s)
     found = differences(settings, answers)
     table.show(answers)
-    raise_if_any(settings, found, str(table.write(trainer.config.trainer.default_local_dir, settings, answers, found)))
+    folder = trainer.config.trainer.get("default_local_dir")
+    try:
+        file = str(table.write(folder, settings, answers, found)) if folder and "://" not in folder else ""
+    except OSError as error:  # the verdict counts, not the file
+        logger.warning("verl_fp16: the read-back could not be written under %s: %s", folder, error)
+        file = ""
+    raise_if_any(settings, found, file or "in the log above")
 
 
 def log_training_step(original: Callable[..., None]) -> Callable[..., None]:
-    def log(self: Any, data: Any, step: int, backend: Any = None) -> None:
-        if STEP_KEY not in data or not _is_fitting():
-            return original(self, data, step, backend)
+    def log(self: Any, data: Any, step: int, *args: Any, **kwargs: Any) -> None:
+        if not _is_fitting() or STEP_KEY not in data:
+            return original(self, data, step, *args, **kwargs)
         record = StepRecord(step, data, _trainer)
         notify_observers(record)
-        original(self, data, step, backend)
-        if record.checkpoint_wanted and getattr(_trainer, "_verl_fp16_saved_step", None) != step:
-            _trainer._save_checkpoint()
+        try:
+            original(self, data, step, *args, **kwargs)
+            if record.checkpoint_wanted and getattr(_trainer, "_verl_fp16_saved_step", None) != step:
+                _trainer._save_checkpoint()
+        except Exception as error:
+            # The stop stands, whatever became of the log or the checkpoint; its message says that too.
+            record.raise_if_stopped(besides=error)
+            raise
         record.raise_if_stopped()
 
     return log
@@ -100,6 +111,7 @@ def _is_fitting() -> bool:
 def remember_saved_step(original: Callable[..., None]) -> Callable[..., None]:
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self._verl_fp16_saved_step = self.global_steps
+        if self is _trainer:
+            self._verl_fp16_saved_step = self.global_steps
 
     return _save_checkpoint

@@ -36,7 +36,6 @@ ROLLOUT_FIELDS: dict[str, str] = {
 
 # Declared by nothing, but the ranks of a role must have them in common.
 _IN_COMMON = ("engine", "fsdp", "attention", "scale", "device", "scaler_device", "model", "kv_cache_setting")
-_MAIN_DTYPES = ("float16", "bfloat16", "float32")
 _LISTED = 12
 
 
@@ -161,13 +160,10 @@ def _rollout_differences(
     dtype, who = settings.rollout_dtype, answer.name(role)
     if fields["model_dtype"] != dtype:
         yield Difference(who, "model_dtype", fields["model_dtype"], f"declared {dtype}")
-    # vLLM keeps some small parameters (router biases) in float32 on purpose; those of a quantized model have dtypes of
-    # their own, which the file shows.
-    main = [found for found in fields["parameters"] if found in _MAIN_DTYPES]
-    if dtype not in main or not set(main) <= {dtype, "float32"}:
+    # vLLM keeps some small parameters (router biases) in float32 on purpose; any other dtype is a quantized model's.
+    if dtype not in fields["parameters"] or not set(fields["parameters"]) <= {dtype, "float32"}:
         yield Difference(who, "parameters", fields["parameters"], f"declared {dtype}")
-    # A KV cache dtype that the user asked for by name is shown, not judged.
-    if fields["kv_cache_setting"] == "auto" and fields["kv_cache"] not in ([], [dtype]):
+    if fields["kv_cache"] not in ([], [dtype]):
         yield Difference(who, "kv_cache", fields["kv_cache"], f"declared {dtype}")
 
 

@@ -1,0 +1,85 @@
+"""vLLM's part in the read-back: what its workers say, and that every data-parallel shard of an engine is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from verl_fp16.hooks import rollout
+from verl_fp16.readback import rank
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    monkeypatch.setattr(rank, "report_process", lambda: {"host": "h", "pid": 1})
+    model = torch.nn.Linear(2, 2, dtype=torch.float16)
+    model.bias.data = model.bias.data.float()
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.float16), cache_config=SimpleNamespace(cache_dtype="auto")
+    )
+    kv_caches = [torch.zeros(1, dtype=torch.float16), [torch.zeros(1, dtype=torch.bfloat16), None]]
+    runner = SimpleNamespace(vllm_config=config, model=model, kv_caches=kv_caches)
+    return SimpleNamespace(rank=3, model_runner=runner)
+
+
+def test_a_worker_says_what_its_live_tensors_are(worker):
+    report = rank.report_rollout_worker(worker)
+    assert report["rank"] == 3
+    assert report["roles"]["rollout"] == {
+        "model": "Linear",
+        "model_dtype": "float16",
+        "parameters": ["float16", "float32"],
+        "kv_cache": ["bfloat16", "float16"],
+        "kv_cache_setting": "auto",
+        "device": ["cpu"],
+    }
+
+
+def test_the_workers_method_answers_in_text_and_is_taken_out_again(worker):
+    module = SimpleNamespace(vLLMColocateWorkerExtension=type("Extension", (), {}))
+    undo = rollout.worker_answers(module)
+    text = module.vLLMColocateWorkerExtension.verl_fp16_report(worker)
+    assert json.loads(text)["roles"]["rollout"]["model_dtype"] == "float16"
+    undo()
+    assert not hasattr(module.vLLMColocateWorkerExtension, "verl_fp16_report")
+
+
+class Engine:
+    """vLLM's AsyncLLM, as far as it is used: ``collective_rpc`` returns the first shard's answers."""
+
+    def __init__(self, shards: int):
+        self.engine_core = self
+        self.core_engines = [f"shard{i}" for i in range(shards)]
+
+    async def _call_utility_async(self, method, name, timeout, args, kwargs, *, engine):
+        assert (method, name, args, kwargs) == ("collective_rpc", "verl_fp16_report", (), None)
+        return [json.dumps({"shard": engine, "rank": rank}) for rank in (0, 1)]
+
+    async def collective_rpc(self, name):
+        return await self._call_utility_async("collective_rpc", name, None, (), None, engine=self.core_engines[0])
+
+
+@pytest.mark.parametrize("shards", (1, 3))
+def test_every_worker_of_every_shard_is_asked(shards):
+    said = asyncio.run(rollout.ask_workers(Engine(shards)))
+    assert [(report["shard"], report["rank"]) for report in said] == [
+        (f"shard{shard}", rank) for shard in range(shards) for rank in (0, 1)
+    ]
+
+
+def test_a_server_without_an_engine_answers_for_itself_alone(monkeypatch):
+    monkeypatch.setattr(rank, "report_process", lambda: {"host": "h", "pid": 1})
+    module = SimpleNamespace(vLLMHttpServer=type("vLLMHttpServer", (), {}))
+    undo = rollout.server_answers(module)
+    server = module.vLLMHttpServer()
+    server.node_rank, server.engine = 0, Engine(1)
+    said = asyncio.run(server.verl_fp16_report())
+    assert (said["server"], len(said["workers"])) == ({"host": "h", "pid": 1}, 2)
+    server.node_rank = 1
+    assert asyncio.run(server.verl_fp16_report())["workers"] == []
+    undo()
+    assert not hasattr(module.vLLMHttpServer, "verl_fp16_report")
