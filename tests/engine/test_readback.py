@@ -104,8 +104,7 @@ def test_one_rank_in_bf16_is_named_and_the_others_are_not(ranks):
 def test_verls_own_scaler_is_named(ranks):
     text = "; ".join(compared(ranks[1], "stock scaler"))
     assert "scaler is ShardedGradScaler, declared LossScaler" in text
-    assert "scaler_enabled is False" in text, "it disables itself off CUDA"
-    assert "autocast" not in text
+    assert text.count(";") == len(ranks[1]) - 1, "one difference a rank"
 
 
 def test_master_weights_in_half_precision_are_named(ranks):

@@ -147,7 +147,11 @@ def _process_differences(answer: Answer, trainer: Answer) -> Iterable[Difference
 def _training_differences(
     settings: Settings, answer: Answer, role: str, fields: Mapping[str, Any]
 ) -> Iterable[Difference]:
-    for field, wanted in declared_fields(settings, role).items():
+    declared = declared_fields(settings, role)
+    another_scaler = fields.get("scaler") != declared["scaler"]
+    for field, wanted in declared.items():
+        if field.startswith("scaler_") and another_scaler:
+            continue  # said already by its class
         if fields.get(field) != wanted:
             yield Difference(answer.name(role), field, fields.get(field), f"declared {_text(wanted)}")
     if fields.get("fsdp_buffer") not in ([], ["float32"]):
@@ -174,6 +178,8 @@ def _mixed(answers: Sequence[Answer]) -> Iterable[Difference]:
         for role, fields in (answer.report or {}).get("roles", {}).items():
             reference, wanted = first.setdefault(role, (answer, fields))
             for field in _IN_COMMON:
+                if field in ("scale", "scaler_device") and fields.get("scaler") != wanted.get("scaler"):
+                    continue  # said already by its class
                 if fields.get(field) != wanted.get(field):
                     there = f"{_text(wanted.get(field))} on {reference.name(role)}"
                     yield Difference(answer.name(role), field, fields.get(field), f"but {there}")
