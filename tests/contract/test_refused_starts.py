@@ -91,7 +91,7 @@ def test_a_modified_body(release, tmp_path):
 def test_a_broken_plugin(tmp_path):
     """A module of ours that cannot be imported, as after a half-finished installation."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['verl_fp16.hooks.driver'] = None\n")
-    assert_refused(start(tmp_path, tmp_path), "the plugin could not be put in place", "verl_fp16.hooks.driver halted")
+    assert_refused(start(tmp_path, tmp_path), "verl_fp16.hooks.driver halted", "the verl_fp16 precision flag is set")
 
 
 @pytest.mark.parametrize(
