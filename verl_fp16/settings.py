@@ -72,14 +72,14 @@ def _scale_complaints(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "growth_interval", f"must be at least 1, got {interval}"
     if "growth_factor" not in wrong and not growth > 1:
         yield "growth_factor", f"must be above 1, got {growth}"
+    elif "growth_factor" not in wrong and growth > LARGEST_SCALE:
+        yield "growth_factor", f"must be at most {LARGEST_SCALE:g}, or the scale could never grow, got {growth}"
     if "backoff_factor" not in wrong and not 0 < backoff < 1:
         yield "backoff_factor", f"must lie between 0 and 1, got {backoff}"
     if "min" not in wrong and not smallest >= SMALLEST_SCALE:
         yield "min", f"must be at least {SMALLEST_SCALE:g}, got {smallest}"
     if "init" not in wrong and init > LARGEST_SCALE:
         yield "init", f"must be at most {LARGEST_SCALE:g}, got {init}"
-    elif not wrong & {"init", "growth_factor"} and init * values["growth_factor"] > LARGEST_SCALE:
-        yield "growth_factor", f"must be at most {LARGEST_SCALE / init:g}, or the scale could never grow"
     elif not wrong & {"init", "min"} and not init >= smallest:
         yield "init", f"must be at least loss_scale.min ({smallest}), got {init}"
 

@@ -34,6 +34,7 @@ def test_wrong_node_is_refused_by_name(node, message):
         ("init", True),
         ("init", 0.5),
         ("growth_factor", 1.0),
+        ("growth_factor", 1e300),
         ("backoff_factor", 1.0),
         ("backoff_factor", 0.0),
         ("growth_interval", 0),
@@ -48,3 +49,8 @@ def test_loss_scale_out_of_range_names_its_key(name, value):
 
 def test_defaults_are_the_papers():
     assert LossScaleSettings() == LossScaleSettings(65536.0, 2.0, 0.5, 400, 1.0)
+
+
+def test_the_critic_follows_the_actor_key_by_key():
+    settings = Settings.from_node({"loss_scale": {"init": 8.0, "min": 2.0}, "critic_loss_scale": {"min": 4.0}})
+    assert settings.critic_loss_scale == LossScaleSettings(init=8.0, min=4.0)
