@@ -18,6 +18,8 @@ from verl_fp16.supervise import RunResult, run_supervised
 
 # The quickstart's recipe with a tiny model, 8 prompts with 4 answers, and two updates a step.
 SMALL = (
+    # Low enough that no update of this model overflows.
+    "verl_fp16.loss_scale.init=1024",
     "data.train_batch_size=8",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
