@@ -13,7 +13,10 @@ from trainer import Run, train
 
 TWO_RANKS = ("trainer.n_gpus_per_node=2", "actor_rollout_ref.actor.use_kl_loss=true")
 CRITIC = ("algorithm.adv_estimator=gae", "critic.ppo_micro_batch_size_per_gpu=8", "critic.optim.lr=1e-4")
-FSDP1 = ("actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.actor.fsdp_config.strategy=fsdp")
+# +hardware=cpu sets FSDP2 for each role by itself.
+FSDP1 = tuple(
+    f"actor_rollout_ref.{role}.{key}=fsdp" for role in ("actor", "ref") for key in ("strategy", "fsdp_config.strategy")
+)
 
 
 def check_fp16_step(step: dict[str, float], prefix: str = "actor/") -> None:
