@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 
-from verl_fp16.switch import DISABLE_VAR, disabled
+from verl_fp16.switch import DISABLE_VAR, disabled, how_to_load
 
 # Set when this process resolves a configuration with the flag: what has no configuration of its own at hand asks this.
 flag_given = False
@@ -28,11 +28,9 @@ class PluginNotActive(RuntimeError):
 
 def not_loaded() -> PluginNotActive:
     """The error for a process in which verl has not imported this module."""
-    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "(unset)")
     return PluginNotActive(
-        "the verl_fp16 precision flag is set, but verl did not load the plugin in this process. Check "
-        f"VERL_USE_EXTERNAL_PLUGINS={policy}: must be unset, 'auto', or name verl_fp16 (on a CPU verl_fp16_cpu too). "
-        "On a verl below 0.9 set VERL_USE_EXTERNAL_MODULES=verl_fp16.plugin."
+        "the verl_fp16 precision flag is set, but verl did not load the plugin in this process. "
+        + how_to_load("verl_fp16 (on a CPU verl_fp16_cpu too)", "verl_fp16.plugin")
     )
 
 

@@ -41,6 +41,7 @@ def build_engine(
     forward_only: bool = False,
     use_remove_padding: bool = False,
     lora_rank: int = 0,
+    attention: str = "sdpa",
     optimizer: dict[str, Any] | None = None,
     engine: dict[str, Any] | None = None,
 ) -> Any:
@@ -51,6 +52,7 @@ def build_engine(
         precision: the role's ``mixed_precision``; None is verl's default (BF16).
         strategy: fsdp or fsdp2.
         model_type: language_model (actor, reference policy) or value_model (critic).
+        attention: the model's attn_implementation.
         optimizer: fields of verl's ``FSDPOptimizerConfig``.
         engine: further fields of verl's ``FSDPEngineConfig``.
     """
@@ -62,7 +64,7 @@ def build_engine(
         use_remove_padding=use_remove_padding,
         enable_gradient_checkpointing=False,
         lora_rank=lora_rank,
-        override_config={"attn_implementation": "sdpa"},
+        override_config={"attn_implementation": attention},
     )
     model_config.model_type = model_type
     engine_config = FSDPEngineConfig(

@@ -1,10 +1,24 @@
-"""The switch ``VERL_FP16_DISABLE``. In a module of its own, because importing the plugin puts the hooks in place."""
+"""Whether the plugins are loaded and on. In a module of its own, because importing a plugin puts hooks in place."""
 
 from __future__ import annotations
 
 import os
 
 DISABLE_VAR = "VERL_FP16_DISABLE"
+
+
+def how_to_load(entry_point: str, module: str) -> str:
+    """What to check where verl has not loaded one of this package's plugins.
+
+    Args:
+        entry_point: its name in the group ``verl.plugins``.
+        module: the module behind it.
+    """
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "(unset)")
+    return (
+        f"Check VERL_USE_EXTERNAL_PLUGINS={policy}: must be unset, 'auto', or name {entry_point}. On a verl below 0.9 "
+        f"set VERL_USE_EXTERNAL_MODULES={module}"
+    )
 
 
 def disabled() -> bool:

@@ -400,7 +400,8 @@ def test_a_worker_without_the_hooks_stops():
     code = (
         "from verl.utils.import_utils import import_external_libs as f; f('verl_fp16.required')\n"
         "import verl.workers.engine.fsdp.transformer_impl, verl.utils.debug.metrics, verl_fp16.hooks as h\n"
-        "print({h.patcher.status()[name] for name in ('engine.loss_scaler', 'metrics.log_prob_gap')})"
+        "import verl_fp16.plugin as p; "
+        "print(p.flag_given, {h.patcher.status()[name] for name in ('engine.loss_scaler', 'metrics.log_prob_gap')})"
     )
 
     def worker(**env):
@@ -412,4 +413,6 @@ def test_a_worker_without_the_hooks_stops():
     for env in ({}, {"VERL_USE_EXTERNAL_PLUGINS": "none"}):
         process = worker(**env)
         assert process.returncode == 0, process.stderr
-        assert process.stdout.strip() == "{'applied'}", "where verl did not load the plugin, the import does it in time"
+        assert process.stdout.strip() == "True {'applied'}", (
+            "where verl did not load the plugin, the import does it in time"
+        )

@@ -48,6 +48,7 @@ def reports(model: str, strategy: str) -> dict:
     found["after a step"] = report_training_worker(worker)
     found["bf16"] = of_actor(engine("bfloat16" if dist.get_rank() == dist.get_world_size() - 1 else "float16"))
     found["stock scaler"] = of_actor(engine(flag=False))
+    found["eager"] = of_actor(engine(attention="eager" if dist.get_rank() == 0 else "sdpa"))
     found["half master"] = of_actor(engine(engine={"model_dtype": "fp16"}))
     return found
 
@@ -112,3 +113,11 @@ def test_master_weights_in_half_precision_are_named(ranks):
     for field in ("parameters", "master"):
         assert any(f"{field} is float16, declared float32" in difference for difference in found)
     assert len(found) == 2 * len(ranks[1])
+
+
+def test_another_attention_is_seen_and_named_where_ranks_differ_in_it(ranks):
+    reported = ranks[1]
+    assert [rank["eager"]["roles"]["actor"]["attention"] for rank in reported] == [["eager"], ["sdpa"]][: len(reported)]
+    found = compared(reported, "eager")
+    assert len(found) == len(reported) - 1
+    assert all("attention is sdpa, but eager on actor rank 0" in difference for difference in found)

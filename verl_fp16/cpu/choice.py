@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from verl_fp16.switch import how_to_load
+
 ENV_VAR = "VERL_PLATFORM"
 PLATFORM = "cpu"
 
@@ -43,9 +45,7 @@ def hand_on_to_workers(config: Any) -> None:
 
 def not_loaded() -> RuntimeError:
     """The error for ``hardware=cpu`` in a process into which verl has not loaded the CPU room's plugin."""
-    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "(unset)")
     return RuntimeError(
-        "hardware=cpu is set, but verl did not load verl_fp16's plugin for it, and the run would look for a GPU. Check "
-        f"VERL_USE_EXTERNAL_PLUGINS={policy}: must be unset, 'auto', or name verl_fp16_cpu. On a verl below 0.9 set "
-        "VERL_USE_EXTERNAL_MODULES=verl_fp16.cpu.plugin (with verl_fp16.plugin for the precision flag)."
+        "hardware=cpu is set, but verl did not load verl_fp16's plugin for it, and the run would look for a GPU. "
+        + how_to_load("verl_fp16_cpu", "verl_fp16.cpu.plugin (with verl_fp16.plugin for the precision flag)")
     )

@@ -89,7 +89,7 @@ def log_training_step(original: Callable[..., None]) -> Callable[..., None]:
             if record.checkpoint_wanted and getattr(_trainer, "_verl_fp16_saved_step", None) != step:
                 _trainer._save_checkpoint()
         except Exception as error:
-            # The stop stands, whatever became of the log or the checkpoint; its message says that too.
+            # Any: verl's loggers and its checkpoint raise what they like. The stop stands all the same, and says so.
             record.raise_if_stopped(besides=error)
             raise
         record.raise_if_stopped()
