@@ -35,13 +35,21 @@ class Finding:
         """Key and value, why, and the fix, a line each."""
         ways_out = " ".join(self.fix), self.advice
         return [
-            f"{self.key}={_written(self.value)}",
+            f"{self.key}={written(self.value)}",
             f"{indent}why: {self.why}",
             f"{indent}fix: {'; '.join(way for way in ways_out if way)}",
         ]
 
 
-def _written(value: Any) -> str:
+class SettingsError(ValueError):
+    """Settings are unknown, of the wrong type or out of range; the message names every key and the fix."""
+
+    def __init__(self, message: str, findings: tuple[Finding, ...] = ()) -> None:
+        super().__init__(message)
+        self.findings = findings
+
+
+def written(value: Any) -> str:
     """A value as in an override: null, true, and no quotes around a word."""
     if value is None:
         return "null"

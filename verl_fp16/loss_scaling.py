@@ -1,11 +1,14 @@
-"""Dynamic loss scaling for sharded training, in pure torch.
+"""Loss scaling for sharded training, in pure torch.
 
 The methods that a loop calls are those of :class:`torch.amp.GradScaler`: ``scale`` (of one tensor), ``unscale_``,
-``step``, ``update``; so verl's loop, written for torch's scaler, drives this one. Differences, each for a reason:
+``step``, ``update``. Differences, each for a reason:
 
 * The device is a parameter: ``ShardedGradScaler`` is made for CUDA and disables itself elsewhere.
-* ``found_inf`` is agreed with MAX over all ranks, and the skip is decided on the host before the optimizer is called:
-  no optimizer kernel sees it, so fused optimizers need no special case.
+* The fault is agreed with MAX over all ranks and read on the host once, in ``unscale_``: whoever looks at the gradients
+  of a skipped update finds them as they were, no optimizer kernel sees ``found_inf`` (so fused optimizers need no
+  special case), and nothing is waited for after the optimizer.
+* A fault of the forward pass (a loss or log-probability that is not finite) is no overflow of the scaled gradients:
+  it skips the update and leaves the scale alone.
 * The scale is a Python float: reading it for a metric or a checkpoint costs no synchronisation.
 
 Algorithm: Micikevicius et al., "Mixed Precision Training" (2018), section 3.2, as in torch.
@@ -13,15 +16,36 @@ Algorithm: Micikevicius et al., "Mixed Precision Training" (2018), section 3.2, 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from verl_fp16.settings import LARGEST_SCALE, LossScaleSettings
+from verl_fp16.loss_scale_settings import FORWARD, GRADIENT, NORM, SMALLEST_SCALE, LossScaleSettings
+
+_FORMAT = 1
+
+
+class LossScaleStateError(ValueError):
+    """A saved state of the scaler cannot be taken up; the message says why."""
+
+
+@dataclass
+class Updates:
+    """Counts of updates (mini-batches)."""
+
+    applied: int = 0
+    skipped: int = 0
+    forward: int = 0  # of the skipped ones, those for a fault of the forward pass
+
+    def since(self, before: Updates) -> Updates:
+        """The updates after ``before``."""
+        return Updates(self.applied - before.applied, self.skipped - before.skipped, self.forward - before.forward)
 
 
 def local_gradients(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
@@ -34,21 +58,22 @@ def local_gradients(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
 
 
 class LossScaler:
-    """Scales the loss, unscales the gradients and skips the updates whose gradients overflowed, on all ranks alike.
+    """Scales the loss, unscales the gradients and skips the updates with a fault, on all ranks alike.
 
-    One per optimizer. Order of calls for one update: ``scale(loss).backward()`` for each micro-batch, ``unscale_``,
-    clipping, ``step``, ``update``.
+    One per optimizer. Order of calls for one update: ``scale(loss).backward()`` and ``note_forward`` for each
+    micro-batch, ``unscale_``, clipping, ``step``, ``update``.
 
     Args:
-        settings: initial scale, factors, interval and floor.
-        device: where ``found_inf`` lives: the device of the gradients and of the process group.
+        settings: see :class:`~verl_fp16.loss_scale_settings.LossScaleSettings`.
+        device: where the fault is agreed: the device of the gradients and of the process group.
         process_group: the ranks that share the optimizer step; None for the default group.
 
     Attributes:
         scale_value: the scale that the next loss is multiplied by.
-        last_step_skipped: whether the newest ``step`` was skipped.
-        skipped_total: updates skipped since the start.
-        applied_total: updates applied since the start.
+        fault: why the update under way is skipped, known from ``unscale_`` on; None where it is not. After ``update``:
+            of the newest update.
+        consecutive_skips: updates skipped in a row, up to now.
+        total: updates since the start of training.
     """
 
     def __init__(
@@ -60,15 +85,17 @@ class LossScaler:
         self.settings = settings
         self.scale_value = float(settings.init)
         self.growth_tracker = 0
-        self.last_step_skipped = False
-        self.skipped_total = 0
-        self.applied_total = 0
+        self.consecutive_skips = 0
+        self.total = Updates()
+        self.fault: str | None = None
         self._device = torch.device(device)
         self._process_group = process_group
-        self._found_inf: torch.Tensor | None = None
-        self._stepped = False
+        self._outputs: list[torch.Tensor] = []
+        self._bad_loss = False
+        self._unscaled = self._stepped = False
+        self._lowered = False
         self._inverse_scales: dict[torch.device, torch.Tensor] = {}
-        self._reported_skips = 0
+        self._ones: dict[torch.device, torch.Tensor] = {}
 
     def is_enabled(self) -> bool:
         """True: a scaler that is not wanted is not made."""
@@ -78,89 +105,197 @@ class LossScaler:
         """The scale that the next loss is multiplied by."""
         return self.scale_value
 
+    @property
+    def number(self) -> int:
+        """The update under way, counted from 1; between two updates: the next one."""
+        return self.total.applied + self.total.skipped + (not self._stepped)
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the newest update was skipped."""
+        return self.fault is not None
+
+    @property
+    def stuck(self) -> bool:
+        """Whether ``max_consecutive_skips`` are reached and the last of them could not lower the scale any more."""
+        return self.consecutive_skips >= self.settings.max_consecutive_skips and not self._lowered
+
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Return ``loss`` times the scale, in float32 where ``loss`` is float16 (which the scale would overflow)."""
         return (loss.float() if loss.dtype == torch.float16 else loss) * self.scale_value
 
+    def note_forward(self, loss: float, outputs: Iterable[torch.Tensor] = ()) -> None:
+        """Take up what the forward pass of one micro-batch gave; it is judged in ``unscale_``.
+
+        Args:
+            loss: the loss, on the host.
+            outputs: what has to be finite beside it, such as log-probabilities: floating tensors of any shape, which
+                are kept until ``update`` and left as they are.
+        """
+        self._bad_loss |= not math.isfinite(loss)
+        self._outputs += (output.detach() for output in outputs)
+
+    def forward_fault_here(self) -> bool:
+        """Whether it was this rank's data of which the loss or an output is not finite. Before :meth:`update`.
+
+        Reads from the device: for updates that are skipped.
+        """
+        return self._bad_loss or not all(bool(output.isfinite().all()) for output in self._outputs)
+
     @torch.no_grad()
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the scale in place and find out whether any of them, on any rank, is not finite.
+        """Divide the gradients by the scale in place, and agree with all ranks whether the update has a fault.
 
         A rank without gradients takes part in the agreement too.
 
         Raises:
             RuntimeError: called twice without :meth:`update` between.
         """
-        if self._found_inf is not None:
+        if self._unscaled:
             raise RuntimeError("unscale_() has already been called since the last update()")
-        by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
-        for gradient in local_gradients(optimizer):
-            by_kind[gradient.device, gradient.dtype].append(gradient)
-        found = {self._device: torch.zeros(1, device=self._device)}
-        for (device, _), gradients in by_kind.items():
-            if device not in found:
-                found[device] = torch.zeros(1, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found[device], self._inverse_scale(device))
-        found_inf = found.pop(self._device)
-        for other in found.values():
-            found_inf += other.to(self._device)
+        self._unscaled = True
+        found = torch.zeros(2, device=self._device)  # a fault of the gradients, of the forward pass
+        self._check(local_gradients(optimizer), found[0:1], self._inverse_scales, 1.0 / self.scale_value)
+        self._check(self._outputs, found[1:2], self._ones, 1.0)
+        if self._bad_loss:
+            found[1] = 1.0
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(found_inf, op=dist.ReduceOp.MAX, group=self._process_group)
-        self._found_inf = found_inf
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._process_group)
+        gradient, forward = found.tolist()
+        # What is not finite in the forward pass makes the gradients so, too.
+        self.fault = FORWARD if forward else GRADIENT if gradient else None
 
-    def _inverse_scale(self, device: torch.device) -> torch.Tensor:
-        # Rebuilt only after the scale has moved: a kernel saved on every other step.
-        if device not in self._inverse_scales:
-            self._inverse_scales[device] = torch.full((1,), 1.0 / self.scale_value, device=device)
-        return self._inverse_scales[device]
+    def _check(
+        self,
+        tensors: Iterable[torch.Tensor],
+        found: torch.Tensor,
+        factors: dict[torch.device, torch.Tensor],
+        factor: float,
+    ) -> None:
+        """Multiply ``tensors`` by ``factor`` in place and set ``found`` to 1 if one of them is not finite.
 
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Call ``optimizer.step`` unless a gradient overflowed on some rank.
+        One kernel for each device and dtype. ``factors`` keeps the factor on each device while it is the same.
+        """
+        by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            by_kind[tensor.device, tensor.dtype].append(tensor)
+        elsewhere: dict[torch.device, torch.Tensor] = {}
+        for (device, _), members in by_kind.items():
+            if device not in factors:
+                factors[device] = torch.full((1,), factor, device=device)
+            if device != found.device and device not in elsewhere:
+                elsewhere[device] = torch.zeros(1, device=device)
+            target = found if device == found.device else elsewhere[device]
+            torch._amp_foreach_non_finite_check_and_unscale_(members, target, factors[device])
+        for flag in elsewhere.values():
+            found += flag.to(found.device)
+
+    def step(self, optimizer: torch.optim.Optimizer, grad_norm: float | None = None) -> Any:
+        """Call ``optimizer.step`` unless the update has a fault.
+
+        Args:
+            grad_norm: norm of the unscaled gradients of all ranks, on the host. One that is not finite although they
+                are is a fault: clipping has made zeros of them.
 
         Returns:
-            what the optimizer returned; None when the step was skipped.
+            what the optimizer returned; None when the update was skipped.
 
         Raises:
             RuntimeError: called twice without :meth:`update` between.
         """
         if self._stepped:
             raise RuntimeError("step() has already been called since the last update()")
-        if self._found_inf is None:
+        if not self._unscaled:
             self.unscale_(optimizer)
         self._stepped = True
-        self.last_step_skipped = bool(self._found_inf.item() > 0)
-        if self.last_step_skipped:
-            self.skipped_total += 1
-            return None
-        self.applied_total += 1
-        return optimizer.step(*args, **kwargs)
+        if self.fault is None and grad_norm is not None and not math.isfinite(grad_norm):
+            self.fault = NORM
+        if self.fault is None:
+            self.total.applied += 1
+            self.consecutive_skips = 0
+            return optimizer.step()
+        self.total.skipped += 1
+        self.total.forward += self.fault == FORWARD
+        self.consecutive_skips += 1
+        return None
 
     def update(self) -> None:
-        """Back off after a skipped step; grow after ``growth_interval`` applied steps in a row.
+        """Back off after an overflow of the gradients; grow after ``growth_interval`` applied updates in a row.
 
         Raises:
             RuntimeError: called without a :meth:`step` before.
         """
         if not self._stepped:
             raise RuntimeError("update() was called without step()")
-        self._found_inf, self._stepped = None, False
-        settings = self.settings
-        before = self.scale_value
-        if self.last_step_skipped:
-            self.scale_value = max(self.scale_value * settings.backoff_factor, settings.min)
+        self._unscaled = self._stepped = self._lowered = self._bad_loss = False
+        self._outputs.clear()
+        if self.settings.mode == "static":
+            return
+        if self.fault == GRADIENT:
+            self._lowered = self._move_to(max(self.scale_value * self.settings.backoff_factor, self.settings.min))
             self.growth_tracker = 0
-        else:
+        elif self.fault is None:
             self.growth_tracker += 1
-            if self.growth_tracker >= settings.growth_interval:
-                # A scale that float32 cannot hold would turn every gradient into inf.
-                grown = self.scale_value * settings.growth_factor
-                self.scale_value = grown if grown <= LARGEST_SCALE else self.scale_value
+            # A state may come from a run with a longer interval.
+            if self.growth_tracker >= self.settings.growth_interval:
                 self.growth_tracker = 0
-        if self.scale_value != before:
-            self._inverse_scales.clear()
+                grown = self.scale_value * self.settings.growth_factor
+                if self.settings.max is not None:
+                    grown = min(grown, self.settings.max)
+                if grown <= self.settings.ceiling:
+                    self._move_to(grown)
 
-    def take_skipped(self) -> int:
-        """Updates skipped since the last call of this method."""
-        skipped = self.skipped_total - self._reported_skips
-        self._reported_skips = self.skipped_total
-        return skipped
+    def _move_to(self, scale: float) -> bool:
+        """Set the scale; whether that has moved it."""
+        if scale == self.scale_value:
+            return False
+        self.scale_value = scale
+        self._inverse_scales.clear()
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on alike: plain numbers, the same on all ranks."""
+        return {
+            "format": _FORMAT,
+            "scale": self.scale_value,
+            "growth_tracker": self.growth_tracker,
+            "consecutive_skips": self.consecutive_skips,
+            "applied_total": self.total.applied,
+            "skipped_total": self.total.skipped,
+            "forward_total": self.total.forward,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on from ``state``. The settings win: a static scale stays, a dynamic one keeps to ``min`` and ``max``.
+
+        Returns:
+            what of the state was not taken up, a sentence each.
+
+        Raises:
+            LossScaleStateError: it is none that :meth:`state_dict` gives.
+        """
+        _refuse_if_broken(state, self.state_dict().keys())
+        self.growth_tracker = state["growth_tracker"]
+        self.consecutive_skips = state["consecutive_skips"]
+        self.total = Updates(state["applied_total"], state["skipped_total"], state["forward_total"])
+        self.fault = None
+        saved, settings = float(state["scale"]), self.settings
+        if settings.mode == "static":
+            scale, reason = float(settings.init), "loss_scale.mode is static"
+        else:
+            scale = min(max(saved, settings.min), settings.ceiling)
+            reason = f"loss_scale.min is {settings.min:g}, loss_scale.max {settings.max}"
+        self._move_to(scale)
+        return [f"the saved loss scale {saved:g} became {scale:g}: {reason}"] if scale != saved else []
+
+
+def _refuse_if_broken(state: Any, names: Iterable[str]) -> None:
+    if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
+        found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+        raise LossScaleStateError(f"no state of a loss scaler in format {_FORMAT}: found {found!r}")
+    for name in names:
+        value = state.get(name)
+        is_scale = name == "scale"
+        right = isinstance(value, int | float if is_scale else int) and not isinstance(value, bool)
+        if not right or not (SMALLEST_SCALE <= value < math.inf if is_scale else value >= 0):
+            raise LossScaleStateError(f"{name} of a loss scaler's state must be a number, got {value!r}")

@@ -16,19 +16,34 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
 
-def mixed_precision(dtype: str, *, role: str = "actor", loss_scale: dict[str, Any] | None = None) -> dict[str, Any]:
+def mixed_precision(
+    dtype: str,
+    *,
+    role: str = "actor",
+    loss_scale: dict[str, Any] | None = None,
+    folder: str | None = None,
+    fault_injection: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """What the flag puts into a role's ``fsdp_config.mixed_precision``.
 
     Args:
         dtype: float16, bfloat16 or float32.
         role: actor, ref or critic.
         loss_scale: settings of the loss scaler; defaults where left out.
+        folder: the run's folder, where skipped updates are recorded.
+        fault_injection: see :mod:`verl_fp16.fault_injection`.
     """
     return {
         "param_dtype": dtype,
         "reduce_dtype": "fp32",
         "buffer_dtype": "fp32",
-        "verl_fp16": {"role": role, "dtype": dtype, "loss_scale": loss_scale or {}},
+        "verl_fp16": {
+            "role": role,
+            "dtype": dtype,
+            "loss_scale": loss_scale or {},
+            "folder": folder,
+            "fault_injection": list(fault_injection),
+        },
     }
 
 

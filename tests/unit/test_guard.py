@@ -10,6 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from verl_fp16 import guard
+from verl_fp16.fault_injection import Fault
 from verl_fp16.findings import Finding, render_errors, render_warnings
 from verl_fp16.guard import model
 from verl_fp16.guard.case import ROLES
@@ -171,7 +172,7 @@ def test_a_contradiction_is_found_and_its_fix_removes_it(override, severity, key
 def test_every_rule_is_among_these_or_has_a_test_of_its_own():
     """A rule that nothing here sets off could be lost unseen."""
     own = {"idle_scaler", "float16_fits", "temperature_of_raw_log_probs", "teachers", "full_weights"}
-    own |= {"entry_point", "trainers", "quantized_model"}
+    own |= {"entry_point", "trainers", "quantized_model", "static_scale", "planted_faults"}
     config, settings = configuration()
     cases = [guard.Case(apply(config, (row[0],)), settings, "0.9.1") for row in CONTRADICTIONS]
     assert {rule.__name__ for rule in guard.RULES if not any(list(rule(case)) for case in cases)} == own
@@ -234,6 +235,32 @@ def test_settings_of_a_scaler_that_is_not_there_are_warned_of():
     settings = Settings("bfloat16", "float16", loss_scale=LossScaleSettings(init=8.0))
     found = check((), train="bfloat16", settings=settings)
     assert [(finding.severity, finding.key) for finding in found] == [("warning", "verl_fp16.loss_scale.init")]
+
+
+def test_settings_that_move_a_static_scale_are_warned_of():
+    static = LossScaleSettings(mode="static", init=8.0, growth_interval=7, max=64.0)
+    found = check((), settings=Settings(loss_scale=static, critic_loss_scale=static))
+    assert [(finding.severity, finding.key, finding.fix) for finding in found] == [
+        ("warning", "verl_fp16.loss_scale.growth_interval", ("verl_fp16.loss_scale.growth_interval=400",)),
+        ("warning", "verl_fp16.loss_scale.max", ("verl_fp16.loss_scale.max=null",)),
+    ], "the critic follows the actor"
+    dynamic = LossScaleSettings(growth_interval=7)
+    assert check((), settings=Settings(loss_scale=dynamic, critic_loss_scale=static))[0].key.endswith(
+        "critic_loss_scale.max"
+    ), "its interval is the actor's, who reads it"
+
+
+def test_planted_faults_are_refused_unless_the_environment_allows_them(monkeypatch):
+    faulty = Settings(fault_injection=(Fault("loss", [1]),))
+    monkeypatch.delenv("VERL_FP16_ALLOW_FAULT_INJECTION", raising=False)
+    (refused,) = check((), settings=faulty)
+    assert (refused.severity, refused.key) == ("error", "verl_fp16.fault_injection")
+    assert "VERL_FP16_ALLOW_FAULT_INJECTION=1" in refused.advice
+    monkeypatch.setenv("VERL_FP16_ALLOW_FAULT_INJECTION", "1")
+    assert check((), settings=faulty) == []
+    without_scaler = Settings("bfloat16", "bfloat16", fault_injection=(Fault("loss", [1]),))
+    (refused,) = check((), train="bfloat16", rollout="bfloat16", settings=without_scaler)
+    assert refused.severity == "error" and "no loss scaler" in refused.why
 
 
 def test_a_role_without_its_engine_is_refused():

@@ -56,6 +56,9 @@ def training_fields(settings: Settings, role: str) -> dict:
         "scaler_enabled": True if scaled else None,
         "scale": scale.init if scaled else None,
         "scaler_settings": asdict(scale) if scaled else None,
+        "stuck": False,
+        "last_skip": None,
+        "last_skip_line": "",
     }
     assert set(fields) == set(TRAINING_FIELDS)
     return fields

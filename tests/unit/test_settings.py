@@ -40,6 +40,14 @@ def test_wrong_node_is_refused_by_name(node, message):
         ("growth_interval", 0),
         ("growth_interval", 2.5),
         ("min", 0.0),
+        ("max", 0.5),
+        ("max", 1e39),
+        ("max", "none"),
+        ("mode", "dynamical"),
+        ("max_consecutive_skips", 0),
+        ("max_consecutive_skips", 1.5),
+        ("hold_lr_on_skip", 1),
+        ("trace_modules", "yes"),
     ),
 )
 def test_loss_scale_out_of_range_names_its_key(name, value):
@@ -47,8 +55,52 @@ def test_loss_scale_out_of_range_names_its_key(name, value):
         LossScaleSettings(**{name: value})
 
 
+def test_the_first_scale_lies_below_the_ceiling():
+    with pytest.raises(SettingsError, match=r"loss_scale.init must be at most loss_scale.max \(1024.0\)"):
+        LossScaleSettings(max=1024.0)
+
+
+def test_a_static_scale_needs_no_bounds():
+    assert LossScaleSettings(mode="static", init=0.25).init == 0.25
+    with pytest.raises(SettingsError, match="loss_scale.init must be at least"):
+        LossScaleSettings(mode="static", init=0.0)
+
+
 def test_defaults_are_the_papers():
-    assert LossScaleSettings() == LossScaleSettings(65536.0, 2.0, 0.5, 400, 1.0)
+    assert LossScaleSettings() == LossScaleSettings(65536.0, 2.0, 0.5, 400, 1.0, None, "dynamic")
+    assert LossScaleSettings().hold_lr_on_skip is True
+
+
+FAULT = {"target": "gradient", "parameter": "lm_head.weight", "updates": [1]}
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    (
+        ({"target": "loss"}, "verl_fp16.fault_injection must be a list of faults"),
+        (["loss"], "verl_fp16.fault_injection[0] must be a mapping with target, updates"),
+        ([{**FAULT, "ranks": 1}], "verl_fp16.fault_injection[0].ranks is no key of a fault: did you mean rank?"),
+        ([FAULT, {**FAULT, "target": "weight"}], "verl_fp16.fault_injection[1].target must be gradient or loss"),
+        ([{**FAULT, "role": "ref"}], "fault_injection[0].role must be actor or critic"),
+        ([{**FAULT, "value": 3}], "fault_injection[0].value must be inf or -inf or nan"),
+        ([{**FAULT, "updates": 3}], "fault_injection[0].updates must be a list of updates, counted from 1, got 3"),
+        ([{**FAULT, "updates": [0]}], "fault_injection[0].updates must be a list"),
+        ([{**FAULT, "updates": []}], "fault_injection[0].updates must be a list"),
+        ([{**FAULT, "rank": -1}], "fault_injection[0].rank must be a rank"),
+        ([{**FAULT, "parameter": ""}], "fault_injection[0].parameter must name a parameter for the target gradient"),
+        ([{**FAULT, "target": "loss"}], "fault_injection[0].parameter must name a parameter for the target gradient"),
+    ),
+)
+def test_a_wrong_fault_is_refused_by_its_place(faults, message):
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_node({"fault_injection": faults})
+    assert message in str(caught.value)
+
+
+def test_a_fault_strikes_on_its_rank_in_its_updates():
+    (fault,) = Settings.from_node({"fault_injection": [{**FAULT, "rank": 1, "updates": [2, 5]}]}).fault_injection
+    assert [update for update in range(1, 7) if fault.strikes(1, update)] == [2, 5]
+    assert not fault.strikes(0, 2)
 
 
 def test_the_critic_follows_the_actor_key_by_key():

@@ -7,7 +7,8 @@ from dataclasses import asdict, fields
 from difflib import get_close_matches
 from typing import Any
 
-from verl_fp16.findings import Finding
+from verl_fp16.fault_injection import ALLOW_VAR, allowed
+from verl_fp16.findings import Finding, written
 from verl_fp16.guard.case import (
     ABSENT,
     FSDP_SPELLINGS,
@@ -20,16 +21,31 @@ from verl_fp16.guard.case import (
     Role,
     dtype_of,
 )
+from verl_fp16.loss_scale_settings import DYNAMIC_FIELDS
 from verl_fp16.settings import SCALES, LossScaleSettings, Settings
+
+# The run's folder.
+FOLDER = "trainer.default_local_dir"
 
 _KNOWN_DTYPES = "verl knows fp16, float16, bf16, bfloat16, fp32, float32"
 
 
-def payload(role: str, settings: Settings) -> dict[str, Any]:
-    """What rides to the workers of ``role`` in its ``mixed_precision.verl_fp16``."""
+def payload(role: str, settings: Settings, folder: str | None = None) -> dict[str, Any]:
+    """What rides to the workers of ``role`` in its ``mixed_precision.verl_fp16``.
+
+    Args:
+        folder: the run's, ``trainer.default_local_dir``.
+    """
     scales = {"actor": settings.loss_scale, "critic": settings.critic_loss_scale, "ref": None}
     scale = scales[role]
-    return {"role": role, "dtype": settings.train_dtype, "loss_scale": asdict(scale) if scale is not None else None}
+    faults = [asdict(fault) for fault in settings.fault_injection if fault.role == role]
+    return {
+        "role": role,
+        "dtype": settings.train_dtype,
+        "loss_scale": asdict(scale) if scale is not None else None,
+        "folder": folder,
+        "fault_injection": [{**fault, "updates": list(fault["updates"])} for fault in faults],
+    }
 
 
 def mixed_precision(case: Case) -> Iterator[Finding]:
@@ -105,7 +121,7 @@ def payloads(case: Case) -> Iterator[Finding]:
     for role in case.roles:
         key = f"{role.engine}.mixed_precision.{NODE}"
         found = case.get(key, None)
-        if found is None or found == payload(role.name, case.settings):
+        if found is None or found == payload(role.name, case.settings, case.get(FOLDER, None)):
             continue
         source = f"{NODE}.{'critic_' if role.name == 'critic' else ''}loss_scale"
         why = f"it differs from the node {NODE}, from which it is made: the {role.name} would not do what is declared"
@@ -121,7 +137,37 @@ def idle_scaler(case: Case) -> Iterator[Finding]:
             key, value = f"{NODE}.{name}.{field.name}", getattr(getattr(case.settings, name), field.name)
             if value != field.default:
                 why = f"training in {case.train} has no loss scaler: nothing reads this setting"
-                yield Finding("warning", key, value, why, (f"{key}={field.default}",))
+                yield Finding("warning", key, value, why, (f"{key}={written(field.default)}",))
+
+
+def static_scale(case: Case) -> Iterator[Finding]:
+    """Settings that move the scale, where it is static."""
+    if case.settings is None or case.train != "float16":
+        return
+    for name in SCALES:
+        settings = getattr(case.settings, name)
+        if settings.mode != "static":
+            continue
+        for field in fields(LossScaleSettings):
+            key, value = f"{NODE}.{name}.{field.name}", getattr(settings, field.name)
+            # The critic's follow those of an actor that reads them.
+            followed = name != SCALES[0] and value == getattr(case.settings.loss_scale, field.name)
+            if field.name in DYNAMIC_FIELDS and value != field.default and not followed:
+                why = f"with {NODE}.{name}.mode=static the scale stays at init: nothing reads this setting"
+                yield Finding("warning", key, value, why, (f"{key}={written(field.default)}",), "or mode=dynamic")
+
+
+def planted_faults(case: Case) -> Iterator[Finding]:
+    """Faults are for tests and drills: never by accident, and never where nothing would plant them."""
+    if case.settings is None or not case.settings.fault_injection:
+        return
+    key = f"{NODE}.fault_injection"
+    if not allowed():
+        why = "faults would be planted in this run: they are for tests and drills"
+        yield Finding("error", key, "...", why, (f"{key}=[]",), f"or set {ALLOW_VAR}=1 where the run is launched")
+    elif case.train != "float16":
+        why = f"training in {case.train} has no loss scaler, around which faults are planted"
+        yield Finding("error", key, "...", why, (f"{key}=[]",))
 
 
 def master_weights(case: Case) -> Iterator[Finding]:
@@ -186,4 +232,14 @@ def unknown_keys(case: Case) -> Iterator[Finding]:
                 yield Finding("error", f"{place}.{name}", value, f"verl has no such key: {hint}", (f"~{place}.{name}",))
 
 
-RULES = (mixed_precision, payloads, idle_scaler, master_weights, dead_dtype, trained_or_not, unknown_keys)
+RULES = (
+    mixed_precision,
+    payloads,
+    idle_scaler,
+    static_scale,
+    planted_faults,
+    master_weights,
+    dead_dtype,
+    trained_or_not,
+    unknown_keys,
+)

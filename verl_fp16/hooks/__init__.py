@@ -2,7 +2,8 @@
 
 One module for each concern: :mod:`~verl_fp16.hooks.entry` and
 :mod:`~verl_fp16.hooks.driver` (the process that reads the configuration),
-:mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics), :mod:`~verl_fp16.hooks.metrics` (the gap
+:mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics), :mod:`~verl_fp16.hooks.checkpoint` (its
+state in checkpoints), :mod:`~verl_fp16.hooks.metrics` (the gap
 between rollout and training), :mod:`~verl_fp16.hooks.trainer` (the read-back before the first rollout, the seam of the
 training step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back).
 """
@@ -45,21 +46,88 @@ HOOKS: tuple[Hook, ...] = (
         until="verl's scaler is configurable and observable",
     ),
     Hook(
-        name="engine.optimizer_step",
-        # The body calls the scaler's unscale_, step and update.
-        target=Target(_FSDP + "FSDPEngine.optimizer_step", bodies=("42b0327075aa08d1",)),
-        wrapper="verl_fp16.hooks.engine:leave_out_norm_of_skipped_step",
-        why="the inf or nan norm of a skipped step turns the training step's mean actor/grad_norm into inf or nan",
-        how="returns None, which verl leaves out of the mean, where the loss scaler skipped the step",
-        until="verl leaves skipped steps out of grad_norm",
+        name="engine.forward_step",
+        target=Target(
+            _FSDP + "FSDPEngineWithLMHead.forward_step",
+            ("micro_batch", "loss_function", "forward_only"),
+            # Its output has the loss on the host, and log_probs or values in model_output.
+            bodies=("9220bffc75e4578b", "63952fbe417dc0fb", "113bf4153e862a98"),
+        ),
+        wrapper="verl_fp16.hooks.engine:judge_forward_pass",
+        why="a loss or log-probability that is not finite looks like an overflow of the gradients and halves the scale",
+        how="hands loss and log-probabilities to the loss scaler",
+        until="verl tells the two apart",
     ),
     Hook(
-        name="engine.loss_scale_metrics",
+        name="engine.optimizer_step",
+        # The body calls the scaler's unscale_, clips, calls step and update, and returns the norm.
+        target=Target(_FSDP + "FSDPEngine.optimizer_step", bodies=("42b0327075aa08d1",)),
+        wrapper="verl_fp16.hooks.engine:step_if_finite",
+        why=(
+            "a norm that overflows makes an update of zeros, found_inf breaks fused optimizers, and the norm of a "
+            "skipped step turns the mean actor/grad_norm into inf or nan"
+        ),
+        how=(
+            "steps after the body, when fault and norm are on the host; records a skipped step, and returns None for "
+            "it, which verl leaves out of the mean"
+        ),
+        until="verl decides the step on the host and leaves skipped ones out of grad_norm",
+    ),
+    Hook(
+        name="engine.mini_batch",
         target=Target("verl.workers.engine.base:BaseEngine.train_batch", ("data", "loss_function")),
-        wrapper="verl_fp16.hooks.engine:report_loss_scale",
+        wrapper="verl_fp16.hooks.engine:watch_mini_batch",
         why="skipped updates and the scale are invisible",
-        how="adds loss_scale and skipped_steps to the metrics of a training step's last mini-batch",
+        how="adds loss_scale, skipped_steps and their like to the metrics of a training step's last mini-batch",
         until="verl logs them",
+    ),
+    Hook(
+        name="engine.lr_schedule",
+        target=Target(_FSDP + "FSDPEngine.lr_scheduler_step"),
+        wrapper="verl_fp16.hooks.engine:hold_schedule_without_update",
+        why="the learning rate moves on while the weights stand still",
+        how="leaves the schedule alone after a training step without any applied update (loss_scale.hold_lr_on_skip)",
+        until="verl does",
+    ),
+    Hook(
+        name="engine.faulty_forward_metrics",
+        target=Target(
+            "verl.workers.engine_workers:TrainingWorker._postprocess_output",
+            ("output", "global_token_num", "delta_time", "forward_only", "images_seqlens"),
+        ),
+        wrapper="verl_fp16.hooks.engine:leave_out_metrics_of_faulty_forward",
+        why="the nan of one skipped mini-batch turns the training step's mean of every actor metric into nan",
+        how="leaves out what is not finite of a mini-batch that was skipped for its forward pass",
+        until="verl leaves skipped mini-batches out",
+    ),
+    Hook(
+        name="engine.save_loss_scale",
+        target=Target(
+            _FSDP + "FSDPEngine.save_checkpoint",
+            ("local_path", "hdfs_path", "global_step", "max_ckpt_to_keep", "kwargs"),
+        ),
+        wrapper="verl_fp16.hooks.checkpoint:save_with_loss_scale",
+        why="the loss scale is lost on resume, and found again by skipping updates",
+        how="writes the scaler's state beside the checkpoint, a JSON file for each rank",
+        until="verl saves it",
+    ),
+    Hook(
+        name="engine.load_loss_scale",
+        target=Target(
+            _FSDP + "FSDPEngine.load_checkpoint", ("local_path", "hdfs_path", "del_local_after_load", "kwargs")
+        ),
+        wrapper="verl_fp16.hooks.checkpoint:load_with_loss_scale",
+        why="as engine.save_loss_scale",
+        how="takes the state up again, the same on all ranks",
+        until="verl loads it",
+    ),
+    Hook(
+        name="engine.lora_masters",
+        target=Target(_FSDP + "FSDPEngine._build_lora_module", ("module",)),
+        wrapper="verl_fp16.hooks.engine:keep_adapters_in_float32",
+        why="verl casts the adapters to the dtype of a base in half precision, in which small updates are lost",
+        how="casts what is trained back to float32",
+        until="verl keeps the adapters in float32",
     ),
     Hook(
         name="metrics.log_prob_gap",

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl_fp16 import guard, plugin
 from verl_fp16.findings import Finding, errors, render_errors, render_warnings
 from verl_fp16.guard.case import FSDP_SPELLINGS, MODELS, NODE, ROLES, dtype_of
-from verl_fp16.guard.roles import payload
+from verl_fp16.guard.roles import FOLDER, payload
 from verl_fp16.mistyped import GROUP, mistyped_flag
 from verl_fp16.refusal import GuardError, one_message
 from verl_fp16.settings import Settings, SettingsError
@@ -261,4 +261,5 @@ def settings_for_role(role: str, config: DictConfig) -> DictConfig:
     known = [known.name for known in ROLES]
     if role not in known:
         raise SettingsError(f"${{verl_fp16:{role}}}: unknown role, known are {', '.join(known)}")
-    return OmegaConf.create(payload(role, settings))  # OmegaConf.resolve takes no plain dict
+    folder = OmegaConf.select(config, FOLDER)
+    return OmegaConf.create(payload(role, settings, folder))  # OmegaConf.resolve takes no plain dict

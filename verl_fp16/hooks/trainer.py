@@ -14,7 +14,8 @@ from typing import Any
 
 from verl_fp16 import plugin
 from verl_fp16.hooks.driver import is_flag_given, read_settings
-from verl_fp16.training_step import StepRecord, notify_observers
+from verl_fp16.hooks.stuck_scale import stop_when_stuck
+from verl_fp16.training_step import StepRecord, notify_observers, observe
 
 # In the metrics of every training step, in all of verl's trainers, and not in those of the initial validation.
 STEP_KEY = "training/global_step"
@@ -49,6 +50,7 @@ def _fitting(trainer: Any) -> Iterator[None]:
         return
     check_what_runs(trainer)
     _trainer = trainer
+    observe(stop_when_stuck)
     try:
         yield
     finally:

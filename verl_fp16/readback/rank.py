@@ -76,6 +76,7 @@ def report_engine(engine: Any) -> dict[str, Any]:
         "device": sorted({p.device.type for p in module.parameters()}),
         "attention": sorted(set(_attention(module))),
         **_report_scaler(scaler),
+        **_report_skips(scaler, getattr(engine, "_verl_fp16_watch", None)),
     }
 
 
@@ -89,6 +90,15 @@ def _report_scaler(scaler: Any) -> dict[str, Any]:
         "scaler_enabled": bool(scaler.is_enabled()),
         "scale": float(scaler.get_scale()),
         "scaler_settings": None if settings is None else asdict(settings),
+    }
+
+
+def _report_skips(scaler: Any, watch: Any) -> dict[str, Any]:
+    last = getattr(watch, "last_skip", None)
+    return {
+        "stuck": bool(getattr(scaler, "stuck", False)),
+        "last_skip": None if last is None else asdict(last),
+        "last_skip_line": "" if last is None else last.line(),
     }
 
 

@@ -1,0 +1,107 @@
+"""The loss scaler's state beside a checkpoint: one small JSON file for each rank, as verl names its own.
+
+Plain verl passes it over, and a checkpoint of plain verl has none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from verl_fp16.loss_scaling import LossScaler, LossScaleStateError
+
+logger = logging.getLogger(__name__)
+
+
+def state_file(folder: str | os.PathLike[str], rank: int, world_size: int) -> Path:
+    """The file of one rank in a checkpoint's folder of one role."""
+    return Path(folder) / f"loss_scale_world_size_{world_size}_rank_{rank}.json"
+
+
+def save_scaler(scaler: LossScaler, folder: str | os.PathLike[str]) -> Path:
+    """Write the state of ``scaler`` into a checkpoint's folder, wholly or not at all. Called on every rank.
+
+    Returns:
+        the file.
+    """
+    path = state_file(folder, *_rank_and_world_size())
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(scaler.state_dict()) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def load_scaler(scaler: LossScaler, folder: str | os.PathLike[str]) -> None:
+    """Have ``scaler`` go on where the one that was saved into ``folder`` stopped. Called on every rank.
+
+    Without a state, as in a checkpoint of plain verl, it goes on from its own, and says so.
+
+    Raises:
+        LossScaleStateError: a state cannot be read, or the ranks found different ones.
+    """
+    rank, world_size = _rank_and_world_size()
+    states = _of_all_ranks(_read(state_file(folder, rank, world_size)))
+    _refuse_different(states, folder)
+    state = states[0]
+    if state is None:
+        said = f"no loss-scale state in {folder}, as plain verl saves none: it goes on from {scaler.scale_value:g}"
+        _tell(rank, logging.WARNING, said)
+        return
+    changes = scaler.load_state_dict(state)
+    tracked = f"after {scaler.growth_tracker} of {scaler.settings.growth_interval} updates until it grows"
+    _tell(rank, logging.INFO, f"loss scale {scaler.scale_value:g} from {folder}, {tracked}")
+    for change in changes:
+        _tell(rank, logging.WARNING, change)
+
+
+def _read(path: Path) -> Any:
+    """What is in the file; None where there is none; an error instead of a value where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        # Raised only after the other ranks have heard of it, which would wait for this one otherwise.
+        return LossScaleStateError(f"the loss-scale state {path} cannot be read: {error}")
+
+
+def _refuse_different(states: Sequence[Any], folder: str | os.PathLike[str]) -> None:
+    for state in states:
+        if isinstance(state, LossScaleStateError):
+            raise state
+    by_state: dict[str, list[int]] = {}
+    for rank, state in enumerate(states):
+        by_state.setdefault(json.dumps(state, sort_keys=True) if isinstance(state, Mapping) else str(state), []).append(
+            rank
+        )
+    if len(by_state) > 1:
+        found = "; ".join(f"rank {', '.join(map(str, ranks))}: {state}" for state, ranks in by_state.items())
+        raise LossScaleStateError(
+            f"the ranks found different loss-scale states in {folder} ({found}), and would scale differently. Copy one "
+            "rank's file over the others' (loss_scale_*.json), or remove all of them to start from loss_scale.init"
+        )
+
+
+def _of_all_ranks(state: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, state)
+    return gathered
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _tell(rank: int, level: int, said: str) -> None:
+    if rank == 0:
+        logger.log(level, "verl_fp16: %s", said)
