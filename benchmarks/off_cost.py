@@ -63,7 +63,7 @@ def measure_steps(rounds: int, out: Path) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     dist.init_process_group("cpu:gloo", init_method=f"file://{out}.store", rank=0, world_size=1)
-    engine = standalone.build_engine(str(_make_model(out.parent / "model")), precision=None)
+    engine = standalone.build_engine(str(make_model(out.parent / "model")), precision=None)
     batch = standalone.make_batch([list(range(start, start + 32)) for start in range(8)])
     patcher.require()
     for _ in range(3):
@@ -82,7 +82,7 @@ def measure_steps(rounds: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def _make_model(path: Path) -> Path:
+def make_model(path: Path) -> Path:
     """The quickstart's architecture, 1.3 M parameters, random."""
     from transformers import Qwen3ForCausalLM
 
@@ -138,8 +138,8 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def run_steps(rounds: int) -> list[tuple[float, float]]:
-    """:func:`measure_steps` in a process in which verl chose the CPU."""
+def run_steps(rounds: int, script: str = __file__) -> Any:
+    """What ``measure_steps`` of ``script`` writes, in a process in which verl chose the CPU."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -147,7 +147,7 @@ def run_steps(rounds: int) -> list[tuple[float, float]]:
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "steps.json"
-        command = [sys.executable, __file__, "--rounds", str(rounds), "--steps-into", str(out)]
+        command = [sys.executable, script, "--rounds", str(rounds), "--steps-into", str(out)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"the engine failed:\n{(done.stdout + done.stderr)[-4000:]}")

@@ -150,7 +150,7 @@ def _input_statistics(tensors: list[torch.Tensor], device: torch.device) -> torc
 
 
 def _floating_tensors(value: Any) -> dict[torch.device, list[torch.Tensor]]:
-    """The floating tensors in ``value`` that have elements, each once, by device: local shards, no autograd."""
+    """The floating tensors in ``value`` that have elements, each once, by device; of a DTensor the local shard."""
     found: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
     seen: set[int] = set()
     for tensor in _tensors(value):
@@ -160,7 +160,7 @@ def _floating_tensors(value: Any) -> dict[torch.device, list[torch.Tensor]]:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         local = local.values() if local.is_nested else local
         if local.is_floating_point() and local.numel():
-            found[local.device].append(local.detach())
+            found[local.device].append(local)
     return found
 
 
