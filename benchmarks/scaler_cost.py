@@ -7,7 +7,7 @@ both sides meet the same weights and the same neighbours on the machine. verl's 
 is given the device here. Both sides skip nothing. The seconds are of CPU time; ratios are compared as in
 ``off_cost.py``.
 
-Counted, for one update on each side: operations that torch dispatches, and reads from the device. On a CPU torch's
+Counted, for one update on each side: operations that torch dispatches, without views, and reads from the device. On a CPU torch's
 scaler updates its scale in Python, with a read of its own that it does not make on a GPU; it is left out of its count.
 """
 
@@ -90,7 +90,8 @@ def counted_operations() -> Iterator[Counter]:
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            operations[function.overloadpacket.__name__] += not paused
+            # A view starts no kernel.
+            operations[function.overloadpacket.__name__] += not paused and not function.is_view
             return function(*args, **(kwargs or {}))
 
     def tolist(tensor: torch.Tensor) -> Any:

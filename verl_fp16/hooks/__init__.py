@@ -90,7 +90,7 @@ HOOKS: tuple[Hook, ...] = (
         until="verl does",
     ),
     Hook(
-        name="engine.faulty_forward_metrics",
+        name="worker.faulty_forward_metrics",
         target=Target(
             "verl.workers.engine_workers:TrainingWorker._postprocess_output",
             ("output", "global_token_num", "delta_time", "forward_only", "images_seqlens"),

@@ -138,7 +138,11 @@ def _process_differences(answer: Answer, trainer: Answer) -> Iterable[Difference
     for name, status in answer.report["hooks"].items():
         if status.startswith(("refused", "withdrawn")):
             yield Difference(who, f"hook {name}", status, "declared applied")
-        elif status == "pending" and name.startswith("engine.") and set(answer.report["roles"]) - {"rollout"}:
+        elif (
+            status == "pending"
+            and name.startswith(("engine.", "worker."))
+            and set(answer.report["roles"]) - {"rollout"}
+        ):
             yield Difference(who, f"hook {name}", "not in place although the engine is", "declared applied")
     if trainer.report is not None:
         for name, version in answer.report["versions"].items():
