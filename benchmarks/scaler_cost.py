@@ -7,8 +7,8 @@ both sides meet the same weights and the same neighbours on the machine. verl's 
 is given the device here. Both sides skip nothing. The seconds are of CPU time; ratios are compared as in
 ``off_cost.py``.
 
-Counted, for one update on each side: operations that torch dispatches, without views, and reads from the device. On a CPU torch's
-scaler updates its scale in Python, with a read of its own that it does not make on a GPU; it is left out of its count.
+Counted, for one update on each side: operations that torch dispatches, without views, and reads from the device. On a
+CPU torch's scaler updates its scale in Python, with a read of its own that it does not make on a GPU: left out here.
 """
 
 from __future__ import annotations

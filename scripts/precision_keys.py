@@ -106,6 +106,7 @@ DEFAULTS_IN_CODE = {
     "*.qat.enable": "false where it is read",
     "algorithm.rollout_correction.bypass_mode": "false where it is read",
     "verl_fp16.critic_loss_scale.*": "the default of verl_fp16/settings.py",
+    "verl_fp16.fault_injection": "no faults, in verl_fp16/settings.py",
 }
 
 REMOVED = "(removed)"

@@ -46,6 +46,9 @@ class Fault:
     parameter: str = ""
     value: str = "inf"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", str(self.value))  # YAML and Hydra make numbers of these words
+
     def strikes(self, rank: int, update: int) -> bool:
         """Whether it strikes on ``rank`` in ``update``."""
         return rank == self.rank and update in self.updates
@@ -78,7 +81,7 @@ def fault_complaints(faults: Any) -> Iterator[tuple[str, Any, str]]:
 
 def _wrong_values(fault: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, choices in (("target", TARGETS), ("role", TRAINED), ("value", VALUES)):
-        if fault.get(name, getattr(Fault, name, None)) not in choices:
+        if str(fault.get(name, getattr(Fault, name, None))) not in choices:
             yield name, f"must be {' or '.join(choices)}"
     updates = fault.get("updates")
     if not isinstance(updates, Sequence) or isinstance(updates, str) or not all(map(_is_count, updates)) or not updates:

@@ -44,9 +44,16 @@ def random_faults(engine, world_size: int) -> list[dict]:
     from verl_fp16.attribution import named_local_gradients
     from verl_fp16.module_names import name_in_model
 
+    mine: list[str] = []
+    step = engine.optimizer_step
+
+    def remembered_step():
+        mine.extend(name_in_model(name) for name, part in named_local_gradients(engine.module) if part.numel())
+        return step()
+
+    engine.optimizer_step = remembered_step
     train(engine, 0)
     held: list = [None] * world_size
-    mine = [name_in_model(name) for name, part in named_local_gradients(engine.module) if part.numel()]
     dist.all_gather_object(held, mine)
     drawn = random.Random(7)
     faults = []

@@ -18,6 +18,7 @@ FP16 = Settings(critic_loss_scale=LossScaleSettings(init=1024.0))
 def reports(model: str, strategy: str) -> dict:
     """This rank's report of a worker with all three roles, as declared; and of one with each of several faults."""
     import torch.distributed as dist
+    import verl.workers.engine_workers  # noqa: F401  the class of every worker that has an engine
 
     from verl_fp16 import standalone
     from verl_fp16.readback.rank import report_training_worker

@@ -103,6 +103,13 @@ def test_a_fault_strikes_on_its_rank_in_its_updates():
     assert not fault.strikes(0, 2)
 
 
+@pytest.mark.parametrize("value", ("inf", "-inf", "nan"))
+def test_a_value_that_yaml_makes_a_number_of_is_the_word(value):
+    for given in (value, float(value)):
+        (fault,) = Settings.from_node({"fault_injection": [{**FAULT, "value": given}]}).fault_injection
+        assert fault.value == value
+
+
 def test_the_critic_follows_the_actor_key_by_key():
     settings = Settings.from_node({"loss_scale": {"init": 8.0, "min": 2.0}, "critic_loss_scale": {"min": 4.0}})
     assert settings.critic_loss_scale == LossScaleSettings(init=8.0, min=4.0)
