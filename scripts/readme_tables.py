@@ -119,9 +119,32 @@ def versions_table() -> str:
     )
 
 
+def scaler_table() -> str:
+    """What the scaler costs against verl's own, from ``scaler-cost-cpu.json``."""
+    result = json.loads((RESULTS / "scaler-cost-cpu.json").read_text())
+    update = result["update"]
+    low, high = update["ratio_quartiles"]
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "verl"))
+    return "\n".join(
+        [
+            "| scaler | operations in an update | reads from the device |",
+            "|---|---|---|",
+            *(
+                f"| {side} | {counts['operations']:,} | {counts['reads']} |"
+                for side, counts in result["counts"].items()
+            ),
+            "",
+            f"Ratio of the time of an update: {update['ratio']:.3f} [quartiles {low:.3f}, {high:.3f}], of noise "
+            f"{update['ratio_of_noise']:.3f}; {update['pairs']} pairs, {result['date']}, {result['machine']}; "
+            f"{versions}.",
+        ]
+    )
+
+
 TABLES = {
     "gap": gap_table,
     "quickstart": quickstart_table,
+    "scaler": scaler_table,
     "hooks": hooks_table,
     "versions": versions_table,
 }

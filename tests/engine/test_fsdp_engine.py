@@ -50,6 +50,7 @@ def single_ranks(release, tiny_model, tmp_path_factory) -> list[dict]:
         calls[f"fp16 {strategy}"] = ("train_a_little", model, strategy, "float16", True, 4)
         calls[f"fp32 {strategy}"] = ("train_a_little", model, strategy, "float32", True, 1)
         calls[f"roles {strategy}"] = ("critic_and_reference", model, strategy)
+    calls["resume"] = ("saved_and_resumed", model, str(tmp_path_factory.mktemp("checkpoint")))
     calls["no flag"] = ("train_a_little", model, "fsdp2", "bfloat16", False, 3)
     stock = {
         "fault": ("stock_on_fault", model),
@@ -203,6 +204,31 @@ def test_fault_on_one_rank_skips_on_all_and_changes_nothing(two_ranks, case):
         assert seen["applied"]["skipped_steps"] == [0.0], "skips are counted for each training step"
         assert not all(torch.equal(a, b) for a, b in zip(shards_after, seen["end"], strict=True))
         assert all(torch.isfinite(shard).all() for shard in seen["end"])
+
+
+def saved_and_resumed(model: str, folder: str) -> dict:
+    """A scale that has moved, and a schedule that a skipped step has not, through a checkpoint of this release."""
+    from verl_fp16 import standalone
+
+    fault = {"target": "gradient", "parameter": "lm_head.weight", "updates": [2]}
+    precision = standalone.mixed_precision("float16", fault_injection=[fault])
+    engine = standalone.build_engine(model, precision=precision)
+    epochs = []
+    for _ in range(2):
+        standalone.train_step(engine, standalone.make_batch(SEQUENCES))
+        engine.lr_scheduler_step()
+        epochs.append(engine.lr_scheduler.last_epoch)
+    engine.save_checkpoint(folder)
+    resumed = standalone.build_engine(model, precision=precision)
+    resumed.load_checkpoint(folder)
+    return {"epochs": epochs, "before": engine.scaler.state_dict(), "after": resumed.scaler.state_dict()}
+
+
+def test_scale_and_schedule_go_through_a_checkpoint_of_every_release(one_rank):
+    seen = one_rank["resume"]
+    assert seen["epochs"] == [1, 1]
+    assert seen["before"] == seen["after"]
+    assert (seen["after"]["scale"], seen["after"]["skipped_total"]) == (32768.0, 1)
 
 
 def stock_on_fault(model: str) -> bool:
