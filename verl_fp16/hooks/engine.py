@@ -6,7 +6,10 @@ They act on an engine whose own ``mixed_precision`` carries the key ``verl_fp16`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
+
+import torch
 
 from verl_fp16.loss_scaling import LossScaler
 from verl_fp16.settings import LossScaleSettings
@@ -41,6 +44,24 @@ def _make_loss_scaler(settings: Mapping[str, Any]) -> LossScaler:
     device = get_device_id()
     device = f"{get_device_name()}:{device}" if isinstance(device, int) else device
     return LossScaler(LossScaleSettings(**settings["loss_scale"]), device)
+
+
+def reduce_after_every_micro_batch(
+    original: Callable[..., AbstractContextManager[None]],
+) -> Callable[..., AbstractContextManager[None]]:
+    def _gradient_sync_context(self: Any, *, is_last_micro_batch: bool) -> AbstractContextManager[None]:
+        return original(self, is_last_micro_batch=is_last_micro_batch or _adds_up_in_float16(self))
+
+    return _gradient_sync_context
+
+
+def _adds_up_in_float16(engine: Any) -> bool:
+    """Whether deferred gradients of this engine would add up in FP16: FSDP1 does so, FSDP2 adds up in FP32."""
+    from verl.utils.fsdp_utils import fsdp_version
+
+    return (
+        settings_of(engine) is not None and engine._autocast_dtype is torch.float16 and fsdp_version(engine.module) == 1
+    )
 
 
 def leave_out_norm_of_skipped_step(original: Callable[[Any], float]) -> Callable[[Any], float | None]:
