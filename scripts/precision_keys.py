@@ -72,9 +72,9 @@ NOT_PRECISION = {
     "critic.model.lora.merge": "the critic's weights are not sent to a rollout",
     "*precision_debugger.*": "settings of a profiler",
     "actor_rollout_ref.rollout.temperature": "in both sides' log-probs while logprobs_mode is processed_logprobs; "
-    "warned of otherwise",
+    "warned of otherwise; one that float16 cannot divide by is refused",
     "*.val_kwargs.*": "sampling in validation, whose log-probs are compared with nothing",
-    "*.fused_kernel_options.impl_backend": "read only where use_fused_kernels is set, which is warned of",
+    "*.fused_kernel_options.impl_backend": "read only where use_fused_kernels is set, and judged then",
     "reward_model.*": "a model of its own: its scores are compared with no log-probs",
     "reward.*": "a model of its own: its scores are compared with no log-probs",
     "distillation.distillation_loss.log_prob_min_clamp": "a bound in the distillation loss, in float32",
@@ -88,6 +88,10 @@ MEAN_THE_SAME = {
     "*.optim.optimizer": (FULL_PRECISION, "the moments are float32, as AdamW's are"),
     "actor_rollout_ref.rollout.name": (("vllm",), "the rollout that is covered; verl needs a name"),
     "actor_rollout_ref.rollout.top_k": ((-1, 0), "off"),
+    "*actor_rollout_ref.model.use_fused_kernels": (
+        (True, False),
+        "the torch backend's numbers are the usual way's, in float32 from float16 logits; other backends are judged",
+    ),
     "*.checkpoint_engine.backend": (EXACT, "weights are sent in the dtype that they have"),
 }
 # Keys that may be missing, because nothing reads them or the code has the same default; verl's dataclasses are asked

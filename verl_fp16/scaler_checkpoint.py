@@ -6,7 +6,6 @@ Plain verl passes it over, and a checkpoint of plain verl has none.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from verl_fp16.loss_scaling import LossScaler, LossScaleStateError
-
-logger = logging.getLogger(__name__)
+from verl_fp16.telling import tell
 
 
 def state_file(folder: str | os.PathLike[str], rank: int, world_size: int) -> Path:
@@ -51,13 +49,13 @@ def load_scaler(scaler: LossScaler, folder: str | os.PathLike[str]) -> None:
     state = states[0]
     if state is None:
         said = f"no loss-scale state in {folder}, as plain verl saves none: it goes on from {scaler.scale_value:g}"
-        _tell(rank, logging.WARNING, said)
+        _tell_once(rank, said)
         return
     changes = scaler.load_state_dict(state)
     tracked = f"after {scaler.growth_tracker} of {scaler.settings.growth_interval} updates until it grows"
-    _tell(rank, logging.INFO, f"loss scale {scaler.scale_value:g} from {folder}, {tracked}")
+    _tell_once(rank, f"loss scale {scaler.scale_value:g} from {folder}, {tracked}")
     for change in changes:
-        _tell(rank, logging.WARNING, change)
+        _tell_once(rank, change)
 
 
 def _read(path: Path) -> Any:
@@ -102,6 +100,6 @@ def _rank_and_world_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _tell(rank: int, level: int, said: str) -> None:
+def _tell_once(rank: int, said: str) -> None:
     if rank == 0:
-        logger.log(level, "verl_fp16: %s", said)
+        tell(said)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_fp16.loss_scale_settings import FORWARD, GRADIENT, NORM
+from verl_fp16.telling import tell
 
 if TYPE_CHECKING:
     from verl_fp16.attribution import NonFiniteGradient
     from verl_fp16.module_trace import NonFiniteOutput
-
-logger = logging.getLogger(__name__)
 
 # In the record, and in the line for the log.
 KEPT, SAID = 20, 3
@@ -143,4 +141,4 @@ def append(record: SkipRecord, folder: str | Path | None) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
     except OSError as error:
-        logger.warning("verl_fp16: the skipped update could not be recorded in %s: %s", path, error)
+        tell(f"the skipped update could not be recorded in {path}: {error}")

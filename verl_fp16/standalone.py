@@ -59,6 +59,7 @@ def build_engine(
     attention: str = "sdpa",
     optimizer: dict[str, Any] | None = None,
     engine: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
 ) -> Any:
     """Build and initialize an engine in a process whose default process group exists.
 
@@ -69,7 +70,8 @@ def build_engine(
         model_type: language_model (actor, reference policy) or value_model (critic).
         attention: the model's attn_implementation.
         optimizer: fields of verl's ``FSDPOptimizerConfig``.
-        engine: further fields of verl's ``FSDPEngineConfig``.
+        engine: fields of verl's ``FSDPEngineConfig``; they win over what is set here.
+        model: further fields of verl's ``HFModelConfig``.
     """
     import verl.workers.engine  # noqa: F401  registers the engines
     from verl.workers.engine.base import EngineRegistry
@@ -80,15 +82,14 @@ def build_engine(
         enable_gradient_checkpointing=False,
         lora_rank=lora_rank,
         override_config={"attn_implementation": attention},
+        **(model or {}),
     )
     model_config.model_type = model_type
     engine_config = FSDPEngineConfig(
         strategy=strategy,
         mixed_precision=precision,
         forward_only=forward_only,
-        use_torch_compile=False,
-        wrap_policy={"min_num_params": 0},
-        **(engine or {}),
+        **{"use_torch_compile": False, "wrap_policy": {"min_num_params": 0}, **(engine or {})},
     )
     optimizer_config = FSDPOptimizerConfig(**{"lr": 1e-3, "total_training_steps": 1000, **(optimizer or {})})
     built = EngineRegistry.new(

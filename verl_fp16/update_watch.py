@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,7 @@ from verl_fp16.loss_scaling import LossScaler
 from verl_fp16.module_names import name_in_model
 from verl_fp16.module_trace import ModuleTrace
 from verl_fp16.skip_records import RankFindings, SkipRecord, append
-
-logger = logging.getLogger(__name__)
+from verl_fp16.telling import tell
 
 
 class UpdateWatch:
@@ -149,7 +147,7 @@ class UpdateWatch:
             consecutive=scaler.consecutive_skips,
         )
         if self._rank == 0:
-            logger.warning("verl_fp16: %s", self.last_skip.line())
+            tell(self.last_skip.line())
             append(self.last_skip, self._folder)
 
     def step_metrics(self) -> dict[str, float]:

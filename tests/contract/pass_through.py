@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -31,13 +32,14 @@ def findings() -> dict[str, list[str]]:
 
 def _problems(hook: Hook):
     true = inspect.unwrap(import_object(hook.target.path))
-    if inspect.isgeneratorfunction(true) or inspect.isasyncgenfunction(true):
+    makes_context = _makes_context_manager(import_object(hook.target.path))
+    if not makes_context and (inspect.isgeneratorfunction(true) or inspect.isasyncgenfunction(true)):
         yield f"{hook.target.path} is a generator function, which this check does not know"
         return
     signature = inspect.signature(true)
     for way, (args, kwargs) in _ways_to_call(hook.target, signature).items():
         seen: list = []
-        returned = object() if _returns_something(true) else None
+        returned = object() if makes_context or _returns_something(true) else None
         before = _contents(args, kwargs)
         result = _call(hook, true, lambda *a, **k: (seen.append((a, k)), returned)[1], args, kwargs)  # noqa: B023
         if result is not returned:
@@ -60,6 +62,12 @@ def _problems(hook: Hook):
                 yield f"{way}: raised another error than the original"
         else:
             yield f"{way}: swallowed the error that the original raised"
+
+
+def _makes_context_manager(function: Callable[..., Any]) -> bool:
+    """Whether calls return what ``contextlib.contextmanager`` makes of a generator, and run nothing of it yet."""
+    made_by = contextlib.contextmanager(lambda: None).__code__
+    return inspect.unwrap(function, stop=lambda f: f.__code__ is made_by).__code__ is made_by
 
 
 def _returns_something(function: Callable[..., Any]) -> bool:

@@ -69,9 +69,6 @@ def random_faults(engine, world_size: int) -> list[dict]:
 
 
 def faulty_and_clean(model: str, strategy: str, world_size: int) -> dict:
-    import logging
-
-    logging.getLogger("verl_fp16").setLevel(logging.ERROR)
     settings = {"growth_interval": 2, "min": 0.25, "max": 65536.0, "max_consecutive_skips": 10**6}
     cosine = {"lr_scheduler_type": "cosine", "total_training_steps": MINI_BATCHES, "lr": 1e-4}
     faults = random_faults(make_engine(model, strategy, scale=settings), world_size)

@@ -99,7 +99,7 @@ CONTRADICTIONS = (
     ),
     (
         f"{ACTOR}.use_no_sync_for_gradient_accumulation=true",
-        "warning",
+        "error",
         f"{ACTOR}.use_no_sync_for_gradient_accumulation",
         "FSDP1",
     ),
@@ -132,13 +132,19 @@ CONTRADICTIONS = (
     (f"{ROLLOUT}.disaggregation.enabled=true", "error", f"{ROLLOUT}.disaggregation.enabled", "not read back"),
     (f"{VLLM}.config=/x.yaml", "error", f"{VLLM}.config", "wins over"),
     (f"{VLLM}.worker_cls=a.B", "error", f"{VLLM}.worker_cls", "wins over"),
-    (f"{ROLLOUT}.name=hf", "error", f"{ROLLOUT}.name", "no rollout"),
+    (f"{ROLLOUT}.name=hf", "error", f"{ROLLOUT}.name", "autocast to bfloat16"),
+    (f"{ROLLOUT}.name=banana", "error", f"{ROLLOUT}.name", "no rollout"),
+    (f"{ROLLOUT}.temperature=0", "error", f"{ROLLOUT}.temperature", "65,504"),
+    (f"{ROLLOUT}.temperature=0.0009", "error", f"{ROLLOUT}.temperature", "65,504"),
     (f"{ROLLOUT}.checkpoint_engine.backend=mooncake", "error", f"{ROLLOUT}.checkpoint_engine.backend", "bfloat16"),
     (f"{ROLLOUT}.checkpoint_engine.backend=mine", "warning", f"{ROLLOUT}.checkpoint_engine.backend", "not know"),
     (f"{MODEL}.lora.merge=true", "error", f"{MODEL}.lora.merge", "rounds merged LoRA"),
     (f"{MODEL}.lora.dtype=fp16", "error", f"{MODEL}.lora.dtype", "Megatron"),
     (f"{MODEL}.override_config.torch_dtype=fp16", "error", f"{MODEL}.override_config.torch_dtype", "from here"),
     (f"{MODEL}.use_liger=true", "warning", f"{MODEL}.use_liger", "training only"),
+    (f"{MODEL}.use_fused_kernels=banana", "error", f"{MODEL}.use_fused_kernels", "true or false"),
+    (f"{MODEL}.use_fused_kernels=true", "error", f"{MODEL}.fused_kernel_options.impl_backend", "no such backend"),
+    ("critic.model.use_fused_kernels=true", "error", "critic.model.use_fused_kernels", "a critic has none"),
     (f"{CORRECTION}.bypass_mode=true", "error", f"{CORRECTION}.bypass_mode", "plain PPO"),
     (f"{LOSS}=bypass_mode", "error", LOSS, "takes the old log-probs"),
     (
@@ -215,6 +221,53 @@ def test_temperature_matters_with_raw_log_probs_only():
     raw = check((hot, f"{ROLLOUT}.logprobs_mode=raw_logprobs"))
     assert {finding.key for finding in raw} == {f"{ROLLOUT}.temperature", f"{ROLLOUT}.logprobs_mode"}
     assert {finding.severity for finding in raw} == {"warning"}
+
+
+def test_a_small_temperature_is_refused_in_float16_only():
+    for temperature in (1e-3, 0.7, 1.0):
+        assert check((f"{ROLLOUT}.temperature={temperature}",)) == []
+    assert check((f"{ROLLOUT}.temperature=0",), train="bfloat16") == []
+
+
+def test_deferred_gradients_of_fsdp1_are_warned_of_in_bfloat16_and_right_on_fsdp2():
+    defer = f"{ACTOR}.use_no_sync_for_gradient_accumulation=true"
+    assert [finding.severity for finding in check((defer,), train="bfloat16")] == ["warning"]
+    assert check((defer, "actor_rollout_ref.actor.strategy=fsdp2")) == []
+    assert check((f"~{ACTOR}.use_no_sync_for_gradient_accumulation",), verl="0.9.0") == [], "which has no such key"
+
+
+FUSED = (f"{MODEL}.use_fused_kernels=true", "actor_rollout_ref.actor.use_fused_kernels=true")
+BACKEND = f"{MODEL}.fused_kernel_options.impl_backend"
+
+
+@pytest.mark.parametrize(
+    ("backend", "verl", "severities"),
+    (
+        ("torch", "0.9.1", []),
+        ("triton", "0.9.1", ["warning"]),
+        ("liger", "0.9.1", ["warning"]),
+        ("liger", "0.9.0", ["error"]),
+        ("banana", "0.9.1", ["error"]),
+    ),
+)
+def test_of_fused_kernels_those_of_torch_pass(backend, verl, severities):
+    found = check((*FUSED, f"{BACKEND}={backend}"), verl=verl)
+    assert [finding.severity for finding in found if finding.key == BACKEND] == severities
+    assert check((f"{BACKEND}={backend}",)) == [], "read only with fused kernels"
+
+
+@pytest.mark.parametrize(("tied", "strategy", "refused"), ((False, "fsdp2", 1), (False, "fsdp", 0), (True, "fsdp2", 0)))
+def test_fused_kernels_need_a_head_that_fsdp2_does_not_shard_by_itself(tmp_path, tied, strategy, refused):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "tie_word_embeddings": tied}))
+    strategies = (f"actor_rollout_ref.actor.strategy={strategy}", f"actor_rollout_ref.ref.strategy={strategy}")
+    found = check((*FUSED, f"{BACKEND}=torch", f"{MODEL}.path={tmp_path}", *strategies))
+    assert [finding.severity for finding in found] == ["error"] * refused
+
+
+def test_fused_kernels_of_the_oldest_release_need_packed_batches():
+    padded = (*FUSED, f"{BACKEND}=torch", f"{MODEL}.use_remove_padding=false")
+    assert f"{MODEL}.use_fused_kernels" in {finding.key for finding in check(padded, verl="0.8.0")}
+    assert check(padded) == []
 
 
 def test_dynamic_batches_are_compared_by_their_limits():

@@ -78,7 +78,7 @@ def test_without_a_local_folder_nothing_is_written(folder, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_and_ends_nothing(tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_to_is_told_and_ends_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     append(record(RankFindings(0)), tmp_path / "file")
-    assert "could not be recorded" in caplog.text
+    assert "could not be recorded" in capsys.readouterr().err

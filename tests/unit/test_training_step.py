@@ -202,16 +202,16 @@ def test_a_trainer_with_an_asynchronous_loop_is_covered():
     assert called == [1]
 
 
-def test_a_trainer_that_is_not_known_is_said_once(monkeypatch, caplog):
+def test_a_trainer_that_is_not_known_is_said_once(monkeypatch, capsys):
     monkeypatch.setattr(plugin, "flag_given", False)
     monkeypatch.setattr(hooks, "_warned", False)
     tracking = Tracking()
     tracking.log(data=dict(STEP), step=1)
-    assert caplog.text == "", "without the flag nothing is said"
+    assert capsys.readouterr().err == "", "without the flag nothing is said"
     monkeypatch.setattr(plugin, "flag_given", True)
     tracking.log(data=dict(STEP), step=1)
     tracking.log(data=dict(STEP), step=2)
-    assert caplog.text.count("was not read back") == 1
+    assert capsys.readouterr().err.count("was not read back") == 1
     assert len(tracking.logged) == 3
 
 

@@ -74,7 +74,10 @@ def deferred_gradient_sync(case: Case) -> Iterator[Finding]:
             f"FSDP1 would add up the micro-batches' gradients in {case.train}, before the reduction in float32; FSDP2 "
             "adds them up in float32"
         )
-        yield Finding("warning", key, value, why, (case.set_to(key, "false"),), f"or {role.section}.strategy=fsdp2")
+        if case.train == "float16":
+            why += ". There every sum is rounded, and can overflow: the flag has FSDP1 reduce after each micro-batch"
+        severity = "error" if case.train == "float16" else "warning"
+        yield Finding(severity, key, value, why, (case.set_to(key, "false"),), f"or {role.section}.strategy=fsdp2")
 
 
 RULES = (strategies, turbo_dtypes, quantization_aware_training, deferred_gradient_sync)

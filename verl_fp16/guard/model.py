@@ -123,17 +123,70 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 def other_kernels(case: Case) -> Iterator[Finding]:
     """Kernels on the training side alone, which nobody has run in float16 with this package."""
     for model in MODELS:
-        for name in ("use_fused_kernels", "use_liger"):
-            key = f"{model}.{name}"
-            value = case.get(key, False)
-            if value is not False:
-                why = "kernels for training only, which change its log-probs; not run in float16 with this package"
-                yield Finding("warning", key, value, why, (f"{key}=false",))
+        key = f"{model}.use_liger"
+        value = case.get(key, False)
+        if value is not False:
+            why = "kernels for training only, which change its log-probs; not run in float16 with this package"
+            yield Finding("warning", key, value, why, (f"{key}=false",))
+
+
+FUSED = f"{MODELS[0]}.use_fused_kernels"
+BACKEND = f"{MODELS[0]}.fused_kernel_options.impl_backend"
+_ONE_BACKEND_RUN = "of verl's fused kernels only those of torch were run in float16 with this package"
+
+
+def fused_kernels(case: Case) -> Iterator[Finding]:
+    """``use_fused_kernels``: log-probs and entropy straight from the last hidden states, without keeping the logits.
+
+    verl's torch backend computes them in float32 from float16 logits, as the usual way does; its triton backend keeps
+    the logits in float32 too, and hands gradients on in float16 (``verl/utils/kernel``).
+    """
     key = "actor_rollout_ref.actor.use_fused_kernels"
     value = case.get(key, False)
-    if value != case.get("actor_rollout_ref.model.use_fused_kernels", False):
+    if value != case.get(FUSED, False):
         why = "verl reads actor_rollout_ref.model.use_fused_kernels, not this key"
         yield Finding("warning", key, value, why, (f"{key}={str(not value).lower()}",))
+    key = f"{MODELS[1]}.use_fused_kernels"
+    value = case.get(key, False)
+    if value is not False:
+        why = "fused kernels compute log-probs from a language model's head, and a critic has none"
+        yield Finding("error", key, value, why, (f"{key}=false",))
+    value = case.get(FUSED, False)
+    if value is True:
+        yield from _fused_backend(case)
+        yield from _fused_with(case)
+    elif value is not False:
+        yield Finding("error", FUSED, value, "must be true or false", (f"{FUSED}=false",))
 
 
-RULES = (float16_fits, quantized_model, inert_dtypes, other_kernels)
+def _fused_backend(case: Case) -> Iterator[Finding]:
+    backend = case.get(BACKEND, None)
+    fix = (case.set_to(BACKEND, "torch"),)
+    if backend == "triton":
+        why = f"{_ONE_BACKEND_RUN}: triton's need a GPU, and none was there"
+        yield Finding("warning", BACKEND, backend, why, fix)
+    elif backend == "liger" and not case.verl.startswith(("0.8.", "0.9.0")):
+        why = f"{_ONE_BACKEND_RUN}; and without the package liger_kernel verl runs torch's and does not say so"
+        yield Finding("warning", BACKEND, backend, why, fix)
+    elif backend != "torch":
+        why = f"verl {case.verl} has no such backend: it would leave the model as it is and fail at the first log-probs"
+        yield Finding("error", BACKEND, backend, why, fix)
+
+
+def _fused_with(case: Case) -> Iterator[Finding]:
+    """Where the first log-probs fail, in any dtype: a head that is sharded by itself, and padded batches in 0.8.0."""
+    fix = (f"{FUSED}=false",)
+    path = case.get(f"{MODELS[0]}.hf_config_path", None) or case.get(f"{MODELS[0]}.path", None)
+    has_head = isinstance(path, str) and model_config(path).get("tie_word_embeddings") is False
+    if has_head and any(case.get(f"{r.section}.strategy") == "fsdp2" for r in case.roles if r.name != "critic"):
+        why = (
+            "the model has a head of its own (tie_word_embeddings is false), which FSDP2 shards by itself: fused "
+            "kernels would multiply with its shard, and torch raises an error"
+        )
+        yield Finding("error", FUSED, True, why, fix, "or strategy=fsdp")
+    if case.verl.startswith("0.8.") and case.get(f"{MODELS[0]}.use_remove_padding", True) is False:
+        why = f"verl {case.verl} cannot take fused log-probs out of padded batches: the workers would stop"
+        yield Finding("error", FUSED, True, why, fix, f"or {MODELS[0]}.use_remove_padding=true")
+
+
+RULES = (float16_fits, quantized_model, inert_dtypes, other_kernels, fused_kernels)

@@ -11,6 +11,7 @@ from verl_fp16.guard.case import ABSENT, GENERATION, PRECISION_WORDS, ROLLOUT, V
 TEACHERS = "distillation.teacher_models"
 VLLM = f"{GENERATION}.engine_kwargs.vllm"
 _KNOWN_DTYPES = "vLLM knows half, float16, bfloat16, float, float32"
+SMALLEST_TEMPERATURE = 1e-3
 MODES = ("processed_logprobs", "raw_logprobs")
 
 
@@ -23,6 +24,9 @@ def engine(case: Case) -> Iterator[Finding]:
             f"{value} is handed rollout.dtype too, but this package was built for vLLM and reads nothing back from "
             f"{value}: that it computes in {case.rollout} could not be proved, and the run would be stopped"
         )
+        yield Finding("error", key, value, why, (f"{key}=vllm",))
+    elif value == "hf":
+        why = "hf_rollout generates under an autocast to bfloat16, whatever is declared, and verl registers it no more"
         yield Finding("error", key, value, why, (f"{key}=vllm",))
     elif value not in (ABSENT, "???", "vllm"):
         yield Finding("error", key, value, f"verl has no rollout {value!r}", (f"{key}=vllm",))
@@ -172,6 +176,20 @@ def temperature_of_raw_log_probs(case: Case) -> Iterator[Finding]:
         yield Finding("warning", key, value, why, (f"{GENERATION}.logprobs_mode=processed_logprobs",))
 
 
+def temperature_of_float16(case: Case) -> Iterator[Finding]:
+    """Training divides FP16 logits by the temperature, clamped at 1e-8 (``_scale_logits_by_temperature``)."""
+    key = f"{GENERATION}.temperature"
+    value = case.get(key, 1.0)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if case.train == "float16" and is_number and value < SMALLEST_TEMPERATURE:
+        why = (
+            "training divides its float16 logits by this: a logit of 65 passes float16's largest number, 65,504, at a "
+            f"temperature below {SMALLEST_TEMPERATURE}, and verl's lower bound of 1e-8 is 0 in float16: log-probs and "
+            "loss would be inf or nan"
+        )
+        yield Finding("error", key, value, why, (f"{key}=1.0",))
+
+
 def teachers(case: Case) -> Iterator[Finding]:
     """A distillation teacher runs in vLLM too; in verl's own file its dtype follows the rollout's."""
     for name in case.children(TEACHERS):
@@ -195,5 +213,6 @@ RULES = (
     log_probs_mode,
     truncated_sampling,
     temperature_of_raw_log_probs,
+    temperature_of_float16,
     teachers,
 )

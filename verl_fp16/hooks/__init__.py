@@ -1,11 +1,10 @@
 """Every place of verl that this package touches: :data:`HOOKS`, the only registry.
 
-One module for each concern: :mod:`~verl_fp16.hooks.entry` and
-:mod:`~verl_fp16.hooks.driver` (the process that reads the configuration),
-:mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics), :mod:`~verl_fp16.hooks.checkpoint` (its
-state in checkpoints), :mod:`~verl_fp16.hooks.metrics` (the gap
-between rollout and training), :mod:`~verl_fp16.hooks.trainer` (the read-back before the first rollout, the seam of the
-training step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back).
+One module for each concern: :mod:`~verl_fp16.hooks.entry`, :mod:`~verl_fp16.hooks.driver` (the process that reads the
+configuration), :mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics, FSDP1's gradient sync),
+:mod:`~verl_fp16.hooks.checkpoint` (the scaler's state in checkpoints), :mod:`~verl_fp16.hooks.metrics` (the gap between
+rollout and training), :mod:`~verl_fp16.hooks.trainer` (the read-back before the first rollout, the seam of the training
+step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back).
 """
 
 from verl_fp16.patching import Hook, Package, Patcher, Target
@@ -57,6 +56,20 @@ HOOKS: tuple[Hook, ...] = (
         why="a loss or log-probability that is not finite looks like an overflow of the gradients and halves the scale",
         how="hands loss and log-probabilities to the loss scaler",
         until="verl tells the two apart",
+    ),
+    Hook(
+        name="engine.gradient_sync",
+        # The body defers nothing where the micro-batch is the last.
+        target=Target(
+            _FSDP + "FSDPEngine._gradient_sync_context",
+            ("is_last_micro_batch",),
+            bodies=("5b5fa605fee985cf", "b592fee5b1019e93"),
+        ),
+        wrapper="verl_fp16.hooks.engine:reduce_after_every_micro_batch",
+        why="under no_sync FSDP1 adds up the micro-batches' gradients in FP16, where the sum is rounded and overflows",
+        how="treats each micro-batch as the last one, on FSDP1 in FP16",
+        since="0.9",
+        until="FSDP1 adds up unsharded gradients in FP32, or verl drops FSDP1",
     ),
     Hook(
         name="engine.optimizer_step",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any
 
@@ -75,6 +76,24 @@ def _judged_tensors(model_output: Mapping[str, Any]) -> Iterator[torch.Tensor]:
         tensor = model_output.get(name)
         if tensor is not None:
             yield tensor.values() if tensor.is_nested else tensor
+
+
+def reduce_after_every_micro_batch(
+    original: Callable[..., AbstractContextManager[None]],
+) -> Callable[..., AbstractContextManager[None]]:
+    def _gradient_sync_context(self: Any, *, is_last_micro_batch: bool) -> AbstractContextManager[None]:
+        return original(self, is_last_micro_batch=is_last_micro_batch or _adds_up_in_float16(self))
+
+    return _gradient_sync_context
+
+
+def _adds_up_in_float16(engine: Any) -> bool:
+    """Whether deferred gradients of this engine would add up in FP16: FSDP1 does so, FSDP2 adds up in FP32."""
+    from verl.utils.fsdp_utils import fsdp_version
+
+    return (
+        settings_of(engine) is not None and engine._autocast_dtype is torch.float16 and fsdp_version(engine.module) == 1
+    )
 
 
 class _HeldStep:

@@ -7,7 +7,6 @@ one-step-off one.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +14,11 @@ from typing import Any
 from verl_fp16 import plugin
 from verl_fp16.hooks.driver import is_flag_given, read_settings
 from verl_fp16.hooks.stuck_scale import stop_when_stuck
+from verl_fp16.telling import tell
 from verl_fp16.training_step import StepRecord, notify_observers, observe
 
 # In the metrics of every training step, in all of verl's trainers, and not in those of the initial validation.
 STEP_KEY = "training/global_step"
-
-logger = logging.getLogger(__name__)
 
 # The trainer whose fit() is running in this process.
 _trainer: Any = None
@@ -75,7 +73,7 @@ def check_what_runs(trainer: Any) -> None:
     try:
         file = str(table.write(folder, settings, answers, found)) if folder and "://" not in folder else ""
     except OSError as error:  # the verdict counts, not the file
-        logger.warning("verl_fp16: the read-back could not be written under %s: %s", folder, error)
+        tell(f"the read-back could not be written under {folder}: {error}")
         file = ""
     raise_if_any(settings, found, file or "in the log above")
 
@@ -103,8 +101,8 @@ def _is_fitting() -> bool:
     global _warned
     if _trainer is None and plugin.flag_given and not _warned:
         _warned = True
-        logger.warning(
-            "verl_fp16: the precision flag is set, but this trainer is not one that verl_fp16 knows: what its workers "
+        tell(
+            "the precision flag is set, but this trainer is not one that verl_fp16 knows: what its workers "
             "run was not read back, and nothing of verl_fp16 watches its steps. Use verl.trainer.main_ppo"
         )
     return _trainer is not None
