@@ -35,10 +35,10 @@ class LossScaleSettings:
         backoff_factor: the scale is multiplied by it after an overflow; between 0 and 1.
         growth_interval: updates in a row without overflow before the scale grows; >= 1.
         min: the scale never falls below it; > 0.
-        max: the scale never rises above it; None for no ceiling but float32's.
+        max: the scale never rises above it; None for 2^100.
         mode: dynamic; or static, in which the scale stays at ``init`` and an overflow only skips the update.
-        max_consecutive_skips: the run stops after so many skipped updates in a row, the last of which could not lower
-            the scale any more; >= 1. The default leaves the way down from 65536 to 1 and as much again.
+        max_consecutive_skips: the run stops after so many skipped updates in a row, where the scale is at ``min`` or
+            lowering it is no cure; >= 1. The default leaves the way down from 65536 to 1 and as much again.
         hold_lr_on_skip: whether a training step without any applied update leaves the learning rate's schedule alone.
         trace_modules: whether every forward pass in training looks for the first module whose output is not finite;
             otherwise only the one after a forward pass that was not finite does.
@@ -68,7 +68,7 @@ class LossScaleSettings:
 
     @property
     def ceiling(self) -> float:
-        """The largest scale: ``max``, or float32's."""
+        """The largest scale: ``max``, or 2^100."""
         return LARGEST_SCALE if self.max is None else self.max
 
 

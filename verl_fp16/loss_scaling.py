@@ -26,7 +26,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from verl_fp16.loss_scale_settings import FORWARD, GRADIENT, NORM, SMALLEST_SCALE, LossScaleSettings
+from verl_fp16.loss_scale_settings import (
+    FORWARD,
+    GRADIENT,
+    LARGEST_SCALE,
+    NORM,
+    SMALLEST_SCALE,
+    LossScaleSettings,
+)
+from verl_fp16.ranks import in_group
 
 _FORMAT = 1
 
@@ -94,6 +102,7 @@ class LossScaler:
         self._bad_loss = False
         self._unscaled = self._stepped = False
         self._lowered = False
+        self._overflowed = False  # whether gradients overflowed among the skips in a row
         self._inverse_scales: dict[torch.device, torch.Tensor] = {}
         self._ones: dict[torch.device, torch.Tensor] = {}
 
@@ -117,8 +126,11 @@ class LossScaler:
 
     @property
     def stuck(self) -> bool:
-        """Whether ``max_consecutive_skips`` are reached and the last of them could not lower the scale any more."""
-        return self.consecutive_skips >= self.settings.max_consecutive_skips and not self._lowered
+        """Whether ``max_consecutive_skips`` are reached and a lower scale is no cure, or cannot be had."""
+        if self.consecutive_skips < self.settings.max_consecutive_skips or self._lowered:
+            return False
+        # Far above its floor the scale has still a way to go, if overflows are among what was skipped.
+        return not self._overflowed or self.settings.mode == "static" or self.scale_value <= self.settings.min
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Return ``loss`` times the scale, in float32 where ``loss`` is float16 (which the scale would overflow)."""
@@ -159,7 +171,7 @@ class LossScaler:
         self._check(self._outputs, found[1:2], self._ones, 1.0)
         if self._bad_loss:
             found[1] = 1.0
-        if dist.is_available() and dist.is_initialized():
+        if in_group():
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._process_group)
         gradient, forward = found.tolist()
         # What is not finite in the forward pass makes the gradients so, too.
@@ -213,22 +225,26 @@ class LossScaler:
         if self.fault is None:
             self.total.applied += 1
             self.consecutive_skips = 0
+            self._overflowed = False
             return optimizer.step()
         self.total.skipped += 1
         self.total.forward += self.fault == FORWARD
+        self._overflowed |= self.fault == GRADIENT
         self.consecutive_skips += 1
         return None
 
     def update(self) -> None:
-        """Back off after an overflow of the gradients; grow after ``growth_interval`` applied updates in a row.
+        """Back off after an overflow of the gradients; grow after ``growth_interval`` applied updates without one.
+
+        A skip that says nothing of the scale leaves both the scale and that count alone.
 
         Raises:
             RuntimeError: called without a :meth:`step` before.
         """
         if not self._stepped:
             raise RuntimeError("update() was called without step()")
-        self._unscaled = self._stepped = self._lowered = self._bad_loss = False
-        self._outputs.clear()
+        self.abandon()
+        self._lowered = False
         if self.settings.mode == "static":
             return
         if self.fault == GRADIENT:
@@ -244,6 +260,11 @@ class LossScaler:
                     grown = min(grown, self.settings.max)
                 if grown <= self.settings.ceiling:
                     self._move_to(grown)
+
+    def abandon(self) -> None:
+        """Forget what was noted of an update that will not be made, or has been decided."""
+        self._unscaled = self._stepped = self._bad_loss = False
+        self._outputs.clear()
 
     def _move_to(self, scale: float) -> bool:
         """Set the scale; whether that has moved it."""
@@ -279,14 +300,21 @@ class LossScaler:
         self.consecutive_skips = state["consecutive_skips"]
         self.total = Updates(state["applied_total"], state["skipped_total"], state["forward_total"])
         self.fault = None
-        saved, settings = float(state["scale"]), self.settings
+        saved, settings, changes = float(state["scale"]), self.settings, []
+        if self.consecutive_skips >= settings.max_consecutive_skips:
+            # What was tried since is worth as many attempts.
+            changes.append(f"{self.consecutive_skips} skipped updates in a row are counted from 0 again")
+            self.consecutive_skips = 0
+        self._overflowed = self.consecutive_skips > 0
         if settings.mode == "static":
             scale, reason = float(settings.init), "loss_scale.mode is static"
         else:
             scale = min(max(saved, settings.min), settings.ceiling)
             reason = f"loss_scale.min is {settings.min:g}, loss_scale.max {settings.max}"
         self._move_to(scale)
-        return [f"the saved loss scale {saved:g} became {scale:g}: {reason}"] if scale != saved else []
+        if scale != saved:
+            changes.append(f"the saved loss scale {saved:g} became {scale:g}: {reason}")
+        return changes
 
 
 def _refuse_if_broken(state: Any, names: Iterable[str]) -> None:
@@ -297,5 +325,5 @@ def _refuse_if_broken(state: Any, names: Iterable[str]) -> None:
         value = state.get(name)
         is_scale = name == "scale"
         right = isinstance(value, int | float if is_scale else int) and not isinstance(value, bool)
-        if not right or not (SMALLEST_SCALE <= value < math.inf if is_scale else value >= 0):
+        if not right or not (SMALLEST_SCALE <= value <= LARGEST_SCALE if is_scale else value >= 0):
             raise LossScaleStateError(f"{name} of a loss scaler's state must be a number, got {value!r}")

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from verl_fp16.loss_scaling import LossScaler, LossScaleStateError
+from verl_fp16.ranks import of_all_ranks, rank_and_world_size
 from verl_fp16.telling import tell
 
 
@@ -28,7 +27,7 @@ def save_scaler(scaler: LossScaler, folder: str | os.PathLike[str]) -> Path:
     Returns:
         the file.
     """
-    path = state_file(folder, *_rank_and_world_size())
+    path = state_file(folder, *rank_and_world_size())
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(scaler.state_dict()) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -43,12 +42,13 @@ def load_scaler(scaler: LossScaler, folder: str | os.PathLike[str]) -> None:
     Raises:
         LossScaleStateError: a state cannot be read, or the ranks found different ones.
     """
-    rank, world_size = _rank_and_world_size()
-    states = _of_all_ranks(_read(state_file(folder, rank, world_size)))
+    rank, world_size = rank_and_world_size()
+    states = of_all_ranks(_read(state_file(folder, rank, world_size)))
     _refuse_different(states, folder)
     state = states[0]
     if state is None:
-        said = f"no loss-scale state in {folder}, as plain verl saves none: it goes on from {scaler.scale_value:g}"
+        missing = "is not read from there" if "://" in str(folder) else "is not there, as plain verl saves none"
+        said = f"loss scale: the state in {folder} {missing}: it goes on from {scaler.scale_value:g}"
         _tell_once(rank, said)
         return
     changes = scaler.load_state_dict(state)
@@ -61,7 +61,9 @@ def load_scaler(scaler: LossScaler, folder: str | os.PathLike[str]) -> None:
 def _read(path: Path) -> Any:
     """What is in the file; None where there is none; an error instead of a value where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) or LossScaleStateError(
+            f"the loss-scale state {path} is empty"
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -84,20 +86,6 @@ def _refuse_different(states: Sequence[Any], folder: str | os.PathLike[str]) -> 
             f"the ranks found different loss-scale states in {folder} ({found}), and would scale differently. Copy one "
             "rank's file over the others' (loss_scale_*.json), or remove all of them to start from loss_scale.init"
         )
-
-
-def _of_all_ranks(state: Any) -> list[Any]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [state]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, state)
-    return gathered
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _tell_once(rank: int, said: str) -> None:

@@ -106,7 +106,7 @@ class SkipRecord:
             return f"the gradients overflowed: {self._worst()}"
         on = f"on rank {', '.join(map(str, self.data_ranks or ()))}"
         if not self.modules:
-            where = ", and the output of every module was: it begins after the model" if self.traced else ""
+            where = ", while every module's output was: it begins outside of them" if self.traced else ""
             return f"the loss or a log-probability was not finite {on}{where}; no loss scale cures that"
         said = [
             f"{module['module']} ({module['kind']}) on rank {rank}: {_counts(module)}, largest input "
@@ -133,7 +133,10 @@ def file_of(folder: str | Path, role: str) -> Path:
 
 def append(record: SkipRecord, folder: str | Path | None) -> None:
     """Add ``record`` to the file of its role. A folder that cannot be written to is told, and ends nothing."""
-    if folder is None or "://" in str(folder):
+    if folder is None:
+        return
+    if "://" in str(folder):
+        tell(f"skipped updates are not recorded in a remote folder: {folder}")
         return
     path = file_of(folder, record.role)
     try:

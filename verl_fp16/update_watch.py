@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from verl_fp16.attribution import NonFiniteGradient, named_local_gradients, non_finite_gradients
 from verl_fp16.fault_injection import Fault, FaultInjectionError
@@ -20,6 +19,7 @@ from verl_fp16.loss_scale_settings import FORWARD
 from verl_fp16.loss_scaling import LossScaler
 from verl_fp16.module_names import name_in_model
 from verl_fp16.module_trace import ModuleTrace
+from verl_fp16.ranks import of_all_ranks, rank_and_world_size
 from verl_fp16.skip_records import RankFindings, SkipRecord, append
 from verl_fp16.telling import tell
 
@@ -33,6 +33,9 @@ class UpdateWatch:
         role: actor or critic.
         folder: the run's folder, under which skips are recorded; None for none.
         faults: what is planted.
+
+    Raises:
+        FaultInjectionError: a fault is for a rank that is not there.
 
     Attributes:
         last_skip: the record of the newest skipped update.
@@ -53,10 +56,15 @@ class UpdateWatch:
         self._module = module
         self._folder = folder
         self._faults = [fault for fault in faults if fault.role == role]
-        self._rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self._rank, self._world_size = rank_and_world_size()
         self._trace: ModuleTrace | None = None
         self._gradients: list[NonFiniteGradient] = []
         self._scale_before = scaler.scale_value
+        for fault in self._faults:
+            if fault.rank >= self._world_size:
+                raise FaultInjectionError(
+                    f"verl_fp16.fault_injection: rank {fault.rank}: the {role} has ranks 0 to {self._world_size - 1}"
+                )
         self.start_counting()
 
     def start_counting(self) -> None:
@@ -85,8 +93,9 @@ class UpdateWatch:
 
         @functools.wraps(loss_function)
         def faulty(*args: Any, **kwargs: Any) -> Any:
-            loss, *rest = loss_function(*args, **kwargs)
-            return (loss * left.pop(), *rest) if left else (loss, *rest)
+            result = loss_function(*args, **kwargs)
+            # verl calls the function of a distillation for its logits, too, and gets a dict.
+            return (result[0] * left.pop(), *result[1:]) if left and isinstance(result, tuple) else result
 
         return faulty
 
@@ -97,22 +106,30 @@ class UpdateWatch:
         """Plant the faults of the gradients.
 
         Raises:
-            FaultInjectionError: this rank holds no gradient of a fault's parameter.
+            FaultInjectionError: a rank holds no gradient of its fault's parameter; on all ranks.
         """
         self._scale_before = self.scaler.scale_value
-        for fault in self._striking():
-            if fault.target == "gradient":
-                self._gradient_of(fault).view(-1)[0] = float(fault.value)
+        update = self.scaler.number
+        if not any(fault.target == "gradient" and update in fault.updates for fault in self._faults):
+            return
+        # All ranks know of it and hear of a failure, or the others would wait for the one that has stopped.
+        failures = [failure for failure in of_all_ranks(self._plant_gradients()) if failure]
+        if failures:
+            raise FaultInjectionError(f"verl_fp16.fault_injection: {'; '.join(failures)}")
 
-    def _gradient_of(self, fault: Fault) -> torch.Tensor:
+    def _plant_gradients(self) -> str:
+        """Plant this rank's; what went wrong, or nothing."""
         gradients = named_local_gradients(self._module)
         held = {name_in_model(name): gradient for name, gradient in gradients if gradient.numel()}
-        if fault.parameter not in held:
-            raise FaultInjectionError(
-                f"verl_fp16.fault_injection: rank {self._rank} of the {self.role} holds no gradient of "
-                f"{fault.parameter!r}; it holds those of {', '.join(sorted(held))}"
-            )
-        return held[fault.parameter]
+        for fault in self._striking():
+            if fault.target == "gradient" and fault.parameter not in held:
+                return (
+                    f"rank {self._rank} of the {self.role} holds no gradient of {fault.parameter!r}; it holds those of "
+                    f"{', '.join(sorted(held))}"
+                )
+            if fault.target == "gradient":
+                held[fault.parameter].view(-1)[0] = float(fault.value)
+        return ""
 
     def after_unscaling(self) -> None:
         """If the update is skipped, find out which gradients are not finite, before clipping makes NaN of them all."""
@@ -138,7 +155,7 @@ class UpdateWatch:
             return
         scaler = self.scaler
         self.last_skip = SkipRecord.of_ranks(
-            _of_all_ranks(findings),
+            of_all_ranks(findings),
             role=self.role,
             update=scaler.number - 1,
             kind=scaler.fault or "",
@@ -168,11 +185,3 @@ class UpdateWatch:
         """Whether an update was applied since the last call, or the settings do not ask for it."""
         before, self._scheduled = self._scheduled, self.scaler.total.applied
         return self._scheduled > before or not self.scaler.settings.hold_lr_on_skip
-
-
-def _of_all_ranks(findings: RankFindings) -> list[RankFindings]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [findings]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, findings)
-    return gathered

@@ -41,8 +41,10 @@ def counted(tiny_model, tmp_path_factory) -> dict:
 def test_no_operation_and_no_read_is_added(counted):
     for rank in counted[False]:
         native, ours = rank["ShardedGradScaler"], rank["LossScaler"]
-        assert ours["reads"] <= native["reads"], rank
-        assert ours["operations"] <= native["operations"], rank
+        assert ours["reads"] == native["reads"], rank
+        # torch's: four copies and a reciprocal for the inverse scale, and the scale's update; ours: the check of the
+        # log-probabilities.
+        assert ours["operations"] == native["operations"] - 5, rank
         assert native["operations"] > 1000 and native["reads"] > 10, "the update was counted, not only the scaler"
 
 

@@ -79,6 +79,7 @@ def two_ranks(tiny_model, tmp_path_factory, folder) -> list[dict]:
     calls["offload"] = ("fault_under_offload", model)
     calls["lora"] = ("fault_with_lora", model)
     calls["no gradient"] = ("a_rank_without_gradients", model)
+    calls["bad fault"] = ("fault_nobody_holds", model)
     calls["different states"] = ("different_states", model, str(folder / "saved-fsdp2"))
     return on_ranks(2, run_calls, calls, folder=tmp_path_factory.mktemp("two-ranks"))
 
@@ -93,7 +94,6 @@ def one_rank(tiny_model, tmp_path_factory, folder) -> dict:
     calls["critic"] = ("critic_with_faults", model, str(folder / "critic"))
     calls["schedule"] = ("schedule_over_skips", model)
     calls["worker"] = ("metrics_of_verls_worker", model)
-    calls["bad fault"] = ("fault_nobody_holds", model)
     calls["plain"] = ("to_and_from_plain_verl", model, str(folder / "plain"))
     calls["half base"] = ("adapters_on_a_half_precision_base", model)
     return on_ranks(1, run_calls, calls, folder=tmp_path_factory.mktemp("one-rank"))[0]
@@ -328,7 +328,14 @@ def critic_with_faults(model: str, folder: str) -> dict:
     )
     engine = standalone.build_engine(model, precision=precision, model_type="value_model")
     metrics = [train(engine, loss=value_loss) for _ in range(3)]
-    return {"metrics": metrics, "skips": skips_in(folder, "critic")}
+    skips = skips_in(folder, "critic")
+
+    def blind(model_output, data, dp_group=None):
+        model_output["values"].values()[1] = torch.nan
+        return model_output["values"].values()[:1].float().sum(), {}
+
+    unseen = train(engine, loss=blind)
+    return {"metrics": metrics, "skips": skips, "unseen": unseen}
 
 
 def test_the_critic_has_its_own_faults_counts_and_file(one_rank):
@@ -338,6 +345,7 @@ def test_the_critic_has_its_own_faults_counts_and_file(one_rank):
     (skip,) = seen["skips"]
     assert (skip["role"], skip["gradients"][0]["parameter"]) == ("critic", "score.weight")
     assert skip["data_ranks"] == [0], "one rank: it is known whose data it was"
+    assert seen["unseen"]["skipped_forward_steps"] == [1.0], "a value that is not finite, which the loss does not show"
 
 
 def schedule_over_skips(model: str) -> dict:
@@ -421,25 +429,31 @@ def test_metrics_of_a_step_are_those_of_its_good_mini_batches(one_rank):
     assert third["loss_scale"] == 32768.0
 
 
-def fault_nobody_holds(model: str) -> str:
+def fault_nobody_holds(model: str) -> list[str]:
+    """Faults that rank 1 alone fails to plant, and one for a rank that is not there; the engine goes on after them."""
     from verl_fp16.fault_injection import FaultInjectionError
 
-    engine = make_engine(model, "fsdp2", faults=[{"target": "gradient", "parameter": "lm_heat", "updates": [1]}])
-    try:
-        train(engine)
-    except FaultInjectionError as error:
-        return str(error)
-    return ""
+    told = []
+    for fault in ({"parameter": "lm_heat", "rank": 1}, {"parameter": PARAMETER, "rank": 2}):
+        try:
+            engine = make_engine(model, "fsdp2", faults=[{"target": "gradient", "updates": [1], **fault}])
+            train(engine)
+        except FaultInjectionError as error:
+            told.append(str(error))
+    return told
 
 
-def test_a_fault_that_cannot_be_planted_is_an_error_that_lists_what_can(one_rank):
-    assert "holds no gradient of 'lm_heat'; it holds those of lm_head.weight, model." in one_rank["bad fault"]
+def test_a_fault_that_cannot_be_planted_is_an_error_on_all_ranks_that_lists_what_can(two_ranks):
+    for rank in two_ranks:
+        nobody, nowhere = rank["bad fault"]
+        assert "rank 1 of the actor holds no gradient of 'lm_heat'; it holds those of lm_head.weight, model." in nobody
+        assert "rank 2: the actor has ranks 0 to 1" in nowhere
 
 
 def killed_and_resumed(model: str, strategy: str, folder: str) -> dict:
     """Eight updates with faults; and four of them, a checkpoint, and four more in a new engine."""
-    faults = [{"target": "gradient", "parameter": PARAMETER, "rank": 1, "updates": [2, 3, 6]}]
-    settings = {"growth_interval": 2}
+    faults = [{"target": "gradient", "parameter": PARAMETER, "rank": 1, "updates": [2, 3, 5]}]
+    settings = {"growth_interval": 1}
     cosine = {"lr_scheduler_type": "cosine", "total_training_steps": 10}
 
     def engine():
@@ -449,7 +463,8 @@ def killed_and_resumed(model: str, strategy: str, folder: str) -> dict:
         told = []
         for _ in range(count):
             metrics = train(engine)
-            told.append((metrics["loss_scale"], metrics["skipped_total"], engine.lr_scheduler_step()))
+            counts = [metrics[name] for name in ("loss_scale", "skipped_total", "skipped_steps", "applied_steps")]
+            told.append((*counts, engine.lr_scheduler_step()))
         return told
 
     whole = engine()
@@ -471,7 +486,9 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(two_ranks, strateg
         assert seen["same"]
         assert seen["again"] == seen["told"][4:]
         assert seen["files"] == ["loss_scale_world_size_2_rank_0.json", "loss_scale_world_size_2_rank_1.json"]
-        assert [scale for (scale,), _, _ in seen["told"]] == [65536, 32768, 16384, 16384, 32768, 16384, 16384, 32768]
+        assert [scale for (scale,), *_ in seen["told"]] == [2.0**power for power in (17, 16, 15, 16, 15, 16, 17, 18)]
+        assert [applied for *_, (applied,), _ in seen["again"]] == [0, 1, 1, 1]
+        assert seen["again"][0][-1] == seen["told"][3][-1], "the first update after the resume is skipped, and held"
 
 
 def different_states(model: str, folder: str) -> str:

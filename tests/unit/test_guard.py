@@ -178,7 +178,7 @@ def test_a_contradiction_is_found_and_its_fix_removes_it(override, severity, key
 def test_every_rule_is_among_these_or_has_a_test_of_its_own():
     """A rule that nothing here sets off could be lost unseen."""
     own = {"idle_scaler", "float16_fits", "temperature_of_raw_log_probs", "teachers", "full_weights"}
-    own |= {"entry_point", "trainers", "quantized_model", "static_scale", "planted_faults"}
+    own |= {"entry_point", "trainers", "quantized_model", "static_scale", "planted_faults", "idle_critic_scale"}
     config, settings = configuration()
     cases = [guard.Case(apply(config, (row[0],)), settings, "0.9.1") for row in CONTRADICTIONS]
     assert {rule.__name__ for rule in guard.RULES if not any(list(rule(case)) for case in cases)} == own
@@ -314,6 +314,25 @@ def test_planted_faults_are_refused_unless_the_environment_allows_them(monkeypat
     without_scaler = Settings("bfloat16", "bfloat16", fault_injection=(Fault("loss", [1]),))
     (refused,) = check((), train="bfloat16", rollout="bfloat16", settings=without_scaler)
     assert refused.severity == "error" and "no loss scaler" in refused.why
+
+
+def test_faults_that_nothing_would_plant_are_refused(monkeypatch):
+    monkeypatch.setenv("VERL_FP16_ALLOW_FAULT_INJECTION", "1")
+    faulty = Settings(fault_injection=(Fault("loss", [1], rank=1), Fault("loss", [1], role="critic")))
+    two = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2", "critic.enable=true")
+    assert check(two, settings=faulty) == []
+    one = ("trainer.nnodes=1", "trainer.n_gpus_per_node=1", "critic.enable=false")
+    assert [finding.key for finding in check(one, settings=faulty)] == [
+        "verl_fp16.fault_injection[0].rank",
+        "verl_fp16.fault_injection[1].role",
+    ]
+
+
+def test_settings_of_the_critics_scaler_without_a_critic_are_warned_of():
+    settings = Settings(critic_loss_scale=LossScaleSettings(init=8.0))
+    (found,) = check(("critic.enable=false",), settings=settings)
+    assert (found.severity, found.key) == ("warning", "verl_fp16.critic_loss_scale.init")
+    assert check(("critic.enable=true",), settings=settings) == []
 
 
 def test_a_role_without_its_engine_is_refused():

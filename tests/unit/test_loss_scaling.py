@@ -74,21 +74,24 @@ def test_scale_and_counts_follow_the_reference_model_also_through_a_resume(fault
     scaler = LossScaler(chosen, "cpu")
     parameter, optimizer = _model()
     reference = reference_scales(chosen, faults)
-    in_a_row = 0
+    in_a_row, overflowed = 0, False
     for number, (fault, scale) in enumerate(zip(faults, reference, strict=True), 1):
         assert scaler.number == number
         before = scaler.scale_value
         _update(scaler, optimizer, parameter, fault)
         assert scaler.fault == fault
-        in_a_row = in_a_row + 1 if fault else 0
+        in_a_row, overflowed = (in_a_row + 1, overflowed or fault == GRADIENT) if fault else (0, False)
         assert scaler.consecutive_skips == in_a_row
         assert scaler.scale_value == scale
-        assert scaler.stuck == (in_a_row >= chosen.max_consecutive_skips and scale == before)
+        hopeless = not overflowed or chosen.mode == "static" or scale <= chosen.min
+        assert scaler.stuck == (in_a_row >= chosen.max_consecutive_skips and scale == before and hopeless)
         if number == saved_after:
             state = json.loads(json.dumps(scaler.state_dict()))
             scaler = LossScaler(chosen, "cpu")
-            assert scaler.load_state_dict(state) == []
-            assert scaler.state_dict() == state
+            gave_up = in_a_row >= chosen.max_consecutive_skips
+            in_a_row, overflowed = (0, False) if gave_up else (in_a_row, in_a_row > 0)
+            assert len(scaler.load_state_dict(state)) == gave_up
+            assert scaler.state_dict() == {**state, "consecutive_skips": in_a_row}
     skipped = [fault for fault in faults if fault]
     assert scaler.total == Updates(len(faults) - len(skipped), len(skipped), skipped.count(FORWARD))
     assert scaler.total.since(Updates(0, 1, 1)).skipped == len(skipped) - 1
@@ -232,6 +235,7 @@ def test_the_settings_of_the_resumed_run_bound_the_saved_scale(chosen, scale, sa
         {"scale": math.nan},
         {"scale": 0.0},
         {"scale": math.inf},
+        {"scale": 10**400},
         {"growth_tracker": -1},
         {"growth_tracker": 1.5},
         {"skipped_total": None},
@@ -243,6 +247,27 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing(change):
     with pytest.raises(LossScaleStateError, match="format|number"):
         scaler.load_state_dict({**LossScaler(LossScaleSettings(), "cpu").state_dict(), **change})
     assert scaler.state_dict() == kept
+
+
+def test_a_run_that_overflows_all_the_way_down_is_not_stuck_before_it_is_there():
+    scaler = LossScaler(LossScaleSettings(init=2.0**40, max_consecutive_skips=3), "cpu")
+    parameter, optimizer = _model()
+    for fault in (GRADIENT, GRADIENT, FORWARD):
+        _update(scaler, optimizer, parameter, fault)
+    assert not scaler.stuck, "it is far above its floor"
+    scaler.scale_value = 1.0
+    _update(scaler, optimizer, parameter, GRADIENT)
+    assert scaler.stuck
+
+
+def test_an_update_that_is_dropped_is_forgotten():
+    parameter, optimizer = _model()
+    scaler = LossScaler(LossScaleSettings(), "cpu")
+    scaler.note_forward(math.nan, [torch.tensor([math.nan])])
+    scaler.unscale_(optimizer)
+    scaler.abandon()
+    _update(scaler, optimizer, parameter)
+    assert scaler.fault is None and scaler.total == Updates(applied=1)
 
 
 def test_order_of_calls_is_checked():

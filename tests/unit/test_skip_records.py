@@ -46,7 +46,7 @@ def test_of_one_rank_it_is_known_whose_data_it_was():
         ),
         (
             (RankFindings(0, forward_fault=True, traced=True), RankFindings(1, traced=True)),
-            "not finite on rank 0, and the output of every module was: it begins after the model",
+            "not finite on rank 0, while every module's output was: it begins outside of them",
         ),
         (
             (RankFindings(0, traced=True), RankFindings(1, forward_fault=True, traced=True, module=MODULE)),

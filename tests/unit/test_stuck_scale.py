@@ -23,7 +23,8 @@ def reports(monkeypatch, *fields: dict, role: str = "actor") -> list:
 
     def answers(trainer, timeout_s):
         asked.append(timeout_s)
-        return iter([(role, {"scale": 1.0, "last_skip": SKIP, "last_skip_line": "LINE", **each}) for each in fields])
+        said = {"scale": 1.0, "last_skip": SKIP, "last_skip_line": "LINE"}
+        return [(role, {**said, **each}) for each in fields], ["training worker 0: no answer"]
 
     monkeypatch.setattr(stuck_scale, "_reports", answers)
     return asked
@@ -67,7 +68,20 @@ def test_a_stuck_scaler_ends_the_run_with_a_checkpoint_and_advice(monkeypatch, r
 
 
 def test_another_role_that_is_stuck_is_left_to_its_own_count(monkeypatch):
-    reports(monkeypatch, {"stuck": True}, role="critic")
+    both = {"actor": False, "critic": True}
+    said = {"scale": 1.0, "last_skip": SKIP, "last_skip_line": "LINE"}
+    monkeypatch.setattr(
+        stuck_scale, "_reports", lambda *_: ([(role, {**said, "stuck": stuck}) for role, stuck in both.items()], [])
+    )
     record = step(role="actor")
     stuck_scale.stop_when_stuck(record)
     record.raise_if_stopped()
+
+
+def test_workers_that_do_not_answer_are_no_reason_to_go_on(monkeypatch):
+    reports(monkeypatch)
+    record = step(7.0)
+    stuck_scale.stop_when_stuck(record)
+    assert record.checkpoint_wanted
+    with pytest.raises(TrainingStopped, match="7 updates of the actor .* do not say why: training worker 0: no answer"):
+        record.raise_if_stopped()

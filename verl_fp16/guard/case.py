@@ -126,6 +126,12 @@ class Case:
         return tuple(role for role in self.fsdp_roles if isinstance(self.get(role.engine), Mapping))
 
     @cached_property
+    def has_critic(self) -> bool:
+        """Whether verl trains a critic (``verl.trainer.ppo.utils.need_critic``)."""
+        enable = self.get("critic.enable", None)
+        return bool(enable) if enable is not None else self.get("algorithm.adv_estimator", None) == "gae"
+
+    @cached_property
     def train(self) -> str | None:
         """The declared compute dtype of training; None where the declaration itself is wrong."""
         return self._declared(TRAIN)

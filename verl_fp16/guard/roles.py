@@ -168,6 +168,27 @@ def planted_faults(case: Case) -> Iterator[Finding]:
     elif case.train != "float16":
         why = f"training in {case.train} has no loss scaler, around which faults are planted"
         yield Finding("error", key, "...", why, (f"{key}=[]",))
+    ranks = case.get("trainer.nnodes", 1), case.get("trainer.n_gpus_per_node", None)
+    world_size = ranks[0] * ranks[1] if all(isinstance(number, int) for number in ranks) else None
+    for index, fault in enumerate(case.settings.fault_injection):
+        if fault.role == "critic" and not case.has_critic:
+            why = "this run has no critic: nothing would be planted"
+            yield Finding("error", f"{key}[{index}].role", fault.role, why, (f"{key}=[]",))
+        if world_size is not None and fault.rank >= world_size:
+            why = f"this run has ranks 0 to {world_size - 1}: nothing would be planted"
+            yield Finding("error", f"{key}[{index}].rank", fault.rank, why, (f"{key}=[]",))
+
+
+def idle_critic_scale(case: Case) -> Iterator[Finding]:
+    """Settings of the critic's scaler in a run without a critic."""
+    if case.settings is None or case.train != "float16" or case.has_critic:
+        return
+    for field in fields(LossScaleSettings):
+        key, value = f"{NODE}.critic_loss_scale.{field.name}", getattr(case.settings.critic_loss_scale, field.name)
+        actors = getattr(case.settings.loss_scale, field.name)
+        if value != actors:
+            fix = (f"{key}=${{{NODE}.loss_scale.{field.name}}}",)
+            yield Finding("warning", key, value, "this run has no critic: nothing reads this setting", fix)
 
 
 def master_weights(case: Case) -> Iterator[Finding]:
@@ -238,6 +259,7 @@ RULES = (
     idle_scaler,
     static_scale,
     planted_faults,
+    idle_critic_scale,
     master_weights,
     dead_dtype,
     trained_or_not,

@@ -45,6 +45,14 @@ HOOKS: tuple[Hook, ...] = (
         until="verl's scaler is configurable and observable",
     ),
     Hook(
+        name="engine.zero_grad",
+        target=Target(_FSDP + "FSDPEngine.optimizer_zero_grad"),
+        wrapper="verl_fp16.hooks.engine:forget_dropped_update",
+        why="what the scaler noted of a mini-batch that was dropped or failed would be held against the next one",
+        how="has the scaler forget an update that was begun and not finished",
+        until="verl's loop tells a scaler that an update is dropped",
+    ),
+    Hook(
         name="engine.forward_step",
         target=Target(
             _FSDP + "FSDPEngineWithLMHead.forward_step",
@@ -149,6 +157,23 @@ HOOKS: tuple[Hook, ...] = (
         why="verl logs the gap between probabilities, in which a token of small probability does not show",
         how="adds mean |delta log p|, k3 and the number of non-finite tokens, under mismatch/",
         until="verl logs them",
+    ),
+    Hook(
+        name="metrics.skips_of_a_step",
+        target=Target("verl.trainer.ppo.v1.utils:MetricsAggregator._init_aggregation_rules"),
+        wrapper="verl_fp16.hooks.metrics:add_up_skips",
+        why="where a step has several updates of the trainer (separate_async), verl averages counts and sums totals",
+        how="has the counts of a step added up, and scale and totals taken as they are at its end",
+        since="0.9",
+        until="verl aggregates as the metric says",
+    ),
+    Hook(
+        name="metrics.skips_of_a_step_in_fully_async",
+        target=Target("verl.experimental.fully_async_policy.detach_utils:MetricsAggregator._init_aggregation_rules"),
+        wrapper="verl_fp16.hooks.metrics:add_up_skips",
+        why="as metrics.skips_of_a_step, for the fully asynchronous trainer",
+        how="as metrics.skips_of_a_step",
+        until="verl aggregates as the metric says",
     ),
     Hook(
         name="trainer.fit",

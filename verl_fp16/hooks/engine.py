@@ -60,6 +60,16 @@ def _make_watch(scaler: LossScaler, module: torch.nn.Module, settings: Mapping[s
     return UpdateWatch(scaler, module, role=settings["role"], folder=settings.get("folder"), faults=faults)
 
 
+def forget_dropped_update(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    def optimizer_zero_grad(self: Any) -> None:
+        original(self)
+        watch = watch_of(self)
+        if watch is not None:
+            watch.scaler.abandon()
+
+    return optimizer_zero_grad
+
+
 def judge_forward_pass(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward_step(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
         loss, output = original(self, micro_batch, loss_function, forward_only)

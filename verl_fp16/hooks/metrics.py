@@ -8,6 +8,23 @@ from typing import Any
 from verl_fp16 import plugin
 from verl_fp16.mismatch.statistics import gap_metrics
 
+# How a training step of several calls of the worker (separate_async) comes to one value. verl sums what has "total" in
+# its name, and averages the rest.
+_COUNTED = ("applied_steps", "skipped_steps", "skipped_forward_steps")
+_AS_IT_IS = ("loss_scale", "skipped_total", "consecutive_skips")
+
+
+def add_up_skips(original: Callable[[Any], dict[str, list[str]]]) -> Callable[[Any], dict[str, list[str]]]:
+    def _init_aggregation_rules(self: Any) -> dict[str, list[str]]:
+        rules = original(self)
+        if plugin.flag_given:
+            for rule, names in (("sum", _COUNTED), ("last", _AS_IT_IS)):
+                ours = [f"{role}/{name}" for role in ("actor", "critic") for name in names]
+                rules[rule] = [*rules.get(rule, ()), *ours]
+        return rules
+
+    return _init_aggregation_rules
+
 
 def add_log_prob_gap(original: Callable[[Any], dict]) -> Callable[[Any], dict]:
     def calculate_debug_metrics(data: Any) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from verl_fp16.hooks.driver import read_settings
@@ -21,38 +20,49 @@ def stop_when_stuck(step: StepRecord) -> None:
     ]
     if not suspects:
         return
-    for role, fields in _reports(step.trainer, settings.read_back_timeout_s):
+    reports, failures = _reports(step.trainer, settings.read_back_timeout_s)
+    for role, fields in reports:
         if role in suspects and fields["stuck"]:
             step.save_checkpoint()
             step.stop(_reason(role, fields, limits[role]))
             return
+    for role in suspects:
+        if role not in dict(reports):
+            # Nobody can say why. That it goes on like this is no reason to.
+            step.save_checkpoint()
+            skips = f"{step.metrics[f'{role}/consecutive_skips']:.0f} updates of the {role} in a row were skipped"
+            step.stop(f"{skips}, and its workers do not say why: {'; '.join(failures)}")
+            return
 
 
-def _reports(trainer: Any, timeout_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(role, what its engine says of itself), of every rank that answers."""
+def _reports(trainer: Any, timeout_s: float) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """(role, what its engine says of itself) of every rank that answers, and why the others did not."""
     from verl_fp16.readback.gather import ask, training_questions
 
-    for answer in ask(training_questions(trainer), timeout_s):
-        yield from (answer.report or {}).get("roles", {}).items()
+    answers = ask(training_questions(trainer), timeout_s)
+    reports = [item for answer in answers if answer.report for item in answer.report["roles"].items()]
+    return reports, [f"{answer.name()}: {answer.failure}" for answer in answers if not answer.report]
 
 
 def _reason(role: str, fields: dict[str, Any], settings: LossScaleSettings) -> str:
     skip = fields["last_skip"]
     where = "verl_fp16.loss_scale" if role == "actor" else "verl_fp16.critic_loss_scale"
     model = "actor_rollout_ref" if role == "actor" else "critic"
+    scale = f"the loss scale {fields['scale']:g}"
     if skip["kind"] == FORWARD:
-        tries = (
-            f"the model does not fit float16 here: +precision=bf16, or another checkpoint of it in {model}.model.path"
-        )
+        state = f"lowering {scale} is no cure"
+        tries = f"the model does not fit float16 here: +precision=bf16, or another checkpoint in {model}.model.path"
     elif skip["kind"] == GRADIENT and settings.mode == "static":
+        state = f"{scale} is static"
         tries = f"{where}.mode=dynamic, or a lower {where}.init than {settings.init:g}"
     elif skip["kind"] == GRADIENT:
+        state = f"{scale} goes no lower"
         tries = f"a lower {where}.min than {settings.min:g}, a lower learning rate, or +precision=bf16"
     else:
+        state = f"lowering {scale} is no cure"
         tries = "a lower learning rate, or the data of this step"
     return (
         f"{skip['consecutive']} updates of the {role} in a row were skipped (verl_fp16 stops at "
-        f"{where}.max_consecutive_skips={settings.max_consecutive_skips}), and the loss scale {fields['scale']:g} goes "
-        f"no lower. The newest: {fields['last_skip_line']}. The checkpoint of this step has the last good weights. "
-        f"Try: {tries}"
+        f"{where}.max_consecutive_skips={settings.max_consecutive_skips}), and {state}. The newest: "
+        f"{fields['last_skip_line']}. The checkpoint of this step has the last good weights. Try: {tries}"
     )
