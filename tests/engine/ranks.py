@@ -77,7 +77,7 @@ def on_ranks(
         command = [sys.executable, "-c", _CHILD.format(path=sys.path, release=version_of(release)), str(call)]
         children.append((subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT), log, result))
     try:
-        codes = [child.wait(timeout=240) for child, _, _ in children]
+        codes = [child.wait(timeout=400) for child, _, _ in children]
     finally:
         for child, log, _ in children:
             child.kill()

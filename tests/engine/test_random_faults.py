@@ -1,4 +1,4 @@
-"""A thousand random faults in the real engine against a run that never saw the faulty mini-batches."""
+"""A thousand random faults in the real engine against runs that never saw the faulty mini-batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from ranks import on_ranks
 from test_skips import STRATEGIES, make_engine, same, state_of
 
-FAULTS, MINI_BATCHES = 1000, 1500
+# Of each strategy.
+FAULTS, MINI_BATCHES = 520, 800
 
 
 def loss_with_noise(model_output, data, dp_group=None):
@@ -101,9 +102,9 @@ def faulty_and_clean(model: str, strategy: str, world_size: int) -> dict:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_thousand_faults_leave_what_a_run_without_them_leaves(tiny_model, tmp_path, strategy):
+def test_random_faults_leave_what_a_run_without_them_leaves(tiny_model, tmp_path, strategy):
     for seen in on_ranks(2, faulty_and_clean, str(tiny_model), strategy, 2, folder=tmp_path):
         assert seen["skipped"] >= FAULTS
-        assert seen["applied"] == seen["of the clean run"] == MINI_BATCHES - seen["skipped"] > 300
+        assert seen["applied"] == seen["of the clean run"] == MINI_BATCHES - seen["skipped"] > 200
         assert len(seen["scales"]) > 5
         assert seen["same"] and seen["finite"]

@@ -15,7 +15,7 @@ from verl_fp16 import plugin
 from verl_fp16.hooks.driver import is_flag_given, read_settings
 from verl_fp16.hooks.stuck_scale import stop_when_stuck
 from verl_fp16.telling import tell
-from verl_fp16.training_step import StepRecord, notify_observers, observe
+from verl_fp16.training_step import StepRecord, forget, notify_observers, observe
 
 # In the metrics of every training step, in all of verl's trainers, and not in those of the initial validation.
 STEP_KEY = "training/global_step"
@@ -53,6 +53,7 @@ def _fitting(trainer: Any) -> Iterator[None]:
         yield
     finally:
         _trainer = None
+        forget(stop_when_stuck)
 
 
 def check_what_runs(trainer: Any) -> None:
