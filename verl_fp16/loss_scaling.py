@@ -74,22 +74,18 @@ class LossScaler:
     Args:
         settings: see :class:`~verl_fp16.loss_scale_settings.LossScaleSettings`.
         device: where the fault is agreed: the device of the gradients and of the process group.
-        process_group: the ranks that share the optimizer step; None for the default group.
+
+    The ranks that share the optimizer step are those of the default process group; without one, this process is alone.
 
     Attributes:
         scale_value: the scale that the next loss is multiplied by.
-        fault: why the update under way is skipped, known from ``unscale_`` on; None where it is not. After ``update``:
-            of the newest update.
+        fault: why the update that was unscaled last is skipped, or None where it is not; until the next ``unscale_`` it
+            is the previous update's.
         consecutive_skips: updates skipped in a row, up to now.
         total: updates since the start of training.
     """
 
-    def __init__(
-        self,
-        settings: LossScaleSettings,
-        device: torch.device | str,
-        process_group: dist.ProcessGroup | None = None,
-    ):
+    def __init__(self, settings: LossScaleSettings, device: torch.device | str):
         self.settings = settings
         self.scale_value = float(settings.init)
         self.growth_tracker = 0
@@ -97,12 +93,11 @@ class LossScaler:
         self.total = Updates()
         self.fault: str | None = None
         self._device = torch.device(device)
-        self._process_group = process_group
         self._outputs: list[torch.Tensor] = []
         self._bad_loss = False
         self._unscaled = self._stepped = False
         self._lowered = False
-        self._overflowed = False  # whether gradients overflowed among the skips in a row
+        self._skips_since_overflow = 0  # of the skips in a row, those after the newest overflow of the gradients
         self._inverse_scales: dict[torch.device, torch.Tensor] = {}
         self._ones: dict[torch.device, torch.Tensor] = {}
 
@@ -115,9 +110,10 @@ class LossScaler:
         return self.scale_value
 
     @property
-    def number(self) -> int:
+    def update_number(self) -> int:
         """The update under way, counted from 1; between two updates: the next one."""
-        return self.total.applied + self.total.skipped + (not self._stepped)
+        decided = self.total.applied + self.total.skipped
+        return decided if self._stepped else decided + 1
 
     @property
     def last_step_skipped(self) -> bool:
@@ -127,10 +123,12 @@ class LossScaler:
     @property
     def stuck(self) -> bool:
         """Whether ``max_consecutive_skips`` are reached and a lower scale is no cure, or cannot be had."""
-        if self.consecutive_skips < self.settings.max_consecutive_skips or self._lowered:
+        limit = self.settings.max_consecutive_skips
+        if self.consecutive_skips < limit or self._lowered:
             return False
-        # Far above its floor the scale has still a way to go, if overflows are among what was skipped.
-        return not self._overflowed or self.settings.mode == "static" or self.scale_value <= self.settings.min
+        # Far above its floor, and after an overflow, the scale has still a way to go.
+        cannot_go_lower = self.settings.mode == "static" or self.scale_value <= self.settings.min
+        return cannot_go_lower or self._skips_since_overflow >= limit
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Return ``loss`` times the scale, in float32 where ``loss`` is float16 (which the scale would overflow)."""
@@ -142,7 +140,7 @@ class LossScaler:
         Args:
             loss: the loss, on the host.
             outputs: what has to be finite beside it, such as log-probabilities: floating tensors of any shape, which
-                are kept until ``update`` and left as they are.
+                are kept until ``update`` and written back as they are.
         """
         self._bad_loss |= not math.isfinite(loss)
         self._outputs += (output.detach() for output in outputs)
@@ -167,24 +165,24 @@ class LossScaler:
             raise RuntimeError("unscale_() has already been called since the last update()")
         self._unscaled = True
         found = torch.zeros(2, device=self._device)  # a fault of the gradients, of the forward pass
-        self._check(local_gradients(optimizer), found[0:1], self._inverse_scales, 1.0 / self.scale_value)
-        self._check(self._outputs, found[1:2], self._ones, 1.0)
+        self._unscale_and_check(local_gradients(optimizer), found[0:1], self._inverse_scales, 1.0 / self.scale_value)
+        self._unscale_and_check(self._outputs, found[1:2], self._ones, 1.0)
         if self._bad_loss:
             found[1] = 1.0
         if in_group():
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._process_group)
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
         gradient, forward = found.tolist()
         # What is not finite in the forward pass makes the gradients so, too.
         self.fault = FORWARD if forward else GRADIENT if gradient else None
 
-    def _check(
+    def _unscale_and_check(
         self,
         tensors: Iterable[torch.Tensor],
         found: torch.Tensor,
         factors: dict[torch.device, torch.Tensor],
         factor: float,
     ) -> None:
-        """Multiply ``tensors`` by ``factor`` in place and set ``found`` to 1 if one of them is not finite.
+        """Multiply ``tensors`` by ``factor``, in place, and set ``found`` to 1 if one of them is not finite.
 
         One kernel for each device and dtype. ``factors`` keeps the factor on each device while it is the same.
         """
@@ -225,11 +223,11 @@ class LossScaler:
         if self.fault is None:
             self.total.applied += 1
             self.consecutive_skips = 0
-            self._overflowed = False
+            self._skips_since_overflow = 0
             return optimizer.step()
         self.total.skipped += 1
         self.total.forward += self.fault == FORWARD
-        self._overflowed |= self.fault == GRADIENT
+        self._skips_since_overflow = 0 if self.fault == GRADIENT else self._skips_since_overflow + 1
         self.consecutive_skips += 1
         return None
 
@@ -281,6 +279,7 @@ class LossScaler:
             "scale": self.scale_value,
             "growth_tracker": self.growth_tracker,
             "consecutive_skips": self.consecutive_skips,
+            "skips_since_overflow": self._skips_since_overflow,
             "applied_total": self.total.applied,
             "skipped_total": self.total.skipped,
             "forward_total": self.total.forward,
@@ -298,14 +297,14 @@ class LossScaler:
         _refuse_if_broken(state, self.state_dict().keys())
         self.growth_tracker = state["growth_tracker"]
         self.consecutive_skips = state["consecutive_skips"]
+        self._skips_since_overflow = state["skips_since_overflow"]
         self.total = Updates(state["applied_total"], state["skipped_total"], state["forward_total"])
         self.fault = None
         saved, settings, changes = float(state["scale"]), self.settings, []
         if self.consecutive_skips >= settings.max_consecutive_skips:
             # What was tried since is worth as many attempts.
             changes.append(f"{self.consecutive_skips} skipped updates in a row are counted from 0 again")
-            self.consecutive_skips = 0
-        self._overflowed = self.consecutive_skips > 0
+            self.consecutive_skips = self._skips_since_overflow = 0
         if settings.mode == "static":
             scale, reason = float(settings.init), "loss_scale.mode is static"
         else:

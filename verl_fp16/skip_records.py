@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from verl_fp16.module_trace import NonFiniteOutput
 
 # In the record, and in the line for the log.
-KEPT, SAID = 20, 3
+MAX_RECORDED, MAX_IN_LINE = 20, 3
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class SkipRecord:
         """Put together what the ranks found; ``known`` are the fields that all of them know."""
         gradients = [{**asdict(gradient), "rank": rank.rank} for rank in ranks for gradient in rank.gradients]
         gradients.sort(key=lambda gradient: -(gradient["infinite"] + gradient["nan"]))
-        guilty = tuple(rank.rank for rank in ranks if rank.forward_fault)
+        faulty_ranks = tuple(rank.rank for rank in ranks if rank.forward_fault)
         return cls(
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
             kind=kind,
-            gradients=tuple(gradients[:KEPT]),
+            gradients=tuple(gradients[:MAX_RECORDED]),
             gradients_total=len(gradients),
-            data_ranks=guilty if kind == FORWARD else (ranks[0].rank,) if len(ranks) == 1 else None,
+            data_ranks=faulty_ranks if kind == FORWARD else (ranks[0].rank,) if len(ranks) == 1 else None,
             traced=any(rank.traced for rank in ranks),
             modules={str(rank.rank): asdict(rank.module) for rank in ranks if rank.module is not None},
             **known,
@@ -93,8 +93,8 @@ class SkipRecord:
 
     def line(self) -> str:
         """The record in one line."""
-        scale = f"loss scale {self.scale:g}"
-        scale += f", now {self.scale_after:g}" if self.scale_after != self.scale else ", as it was"
+        stays = self.scale_after == self.scale
+        scale = f"loss scale stays {self.scale:g}" if stays else f"loss scale {self.scale:g}, now {self.scale_after:g}"
         row = f"; skip {self.consecutive} in a row" if self.consecutive > 1 else ""
         return f"{self.role} update {self.update} skipped ({scale}{row}): {self.cause()}"
 
@@ -106,17 +106,21 @@ class SkipRecord:
             return f"the gradients overflowed: {self._worst()}"
         on = f"on rank {', '.join(map(str, self.data_ranks or ()))}"
         if not self.modules:
-            where = ", while every module's output was: it begins outside of them" if self.traced else ""
-            return f"the loss or a log-probability was not finite {on}{where}; no loss scale cures that"
+            where = ", although every module's output was: it begins outside of them" if self.traced else ""
+            output = "value" if self.role == "critic" else "log-probability"
+            return f"the loss or a {output} was not finite {on}{where}; no loss scale cures that"
         said = [
             f"{module['module']} ({module['kind']}) on rank {rank}: {_counts(module)}, largest input "
             f"{module['largest_input']:.3g}"
-            for rank, module in list(self.modules.items())[:SAID]
+            + (" (and inputs not finite: look before it, in its parent)" if module["non_finite_inputs"] else "")
+            for rank, module in list(self.modules.items())[:MAX_IN_LINE]
         ]
         return f"the forward pass was not finite {on}, first in {'; '.join(said)}"
 
     def _worst(self) -> str:
-        said = [f"{entry['parameter']} on rank {entry['rank']}: {_counts(entry)}" for entry in self.gradients[:SAID]]
+        said = [
+            f"{entry['parameter']} on rank {entry['rank']}: {_counts(entry)}" for entry in self.gradients[:MAX_IN_LINE]
+        ]
         more = self.gradients_total - len(said)
         return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
 

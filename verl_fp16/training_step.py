@@ -6,7 +6,7 @@ legacy one alike::
     @observe
     def watch(step: StepRecord) -> None:
         step.metrics["mine/value"] = 1.0
-        if step.metrics["actor/grad_norm"] > 100:
+        if step.metrics.get("actor/grad_norm", 0) > 100:  # a step without an applied update has none
             step.save_checkpoint()
             step.stop("the gradient norm passed 100")
 

@@ -1,5 +1,8 @@
 """What goes on around the loss scaler of one engine: planted faults, the search for the module where a fault begins,
-records of skipped updates, the counts of a training step. Pure torch; an update that is applied costs nothing.
+records of skipped updates, the counts of a training step. Pure torch.
+
+Nothing of it runs in an update that is applied, but for the search, with ``trace_modules`` or right after a fault of
+the forward pass, and for faults that are planted.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ class UpdateWatch:
         self._rank, self._world_size = rank_and_world_size()
         self._trace: ModuleTrace | None = None
         self._gradients: list[NonFiniteGradient] = []
-        self._scale_before = scaler.scale_value
+        self._update, self._scale_before = scaler.update_number, scaler.scale_value
         for fault in self._faults:
             if fault.rank >= self._world_size:
                 raise FaultInjectionError(
@@ -100,7 +103,7 @@ class UpdateWatch:
         return faulty
 
     def _striking(self) -> list[Fault]:
-        return [fault for fault in self._faults if fault.strikes(self._rank, self.scaler.number)]
+        return [fault for fault in self._faults if fault.strikes(self._rank, self.scaler.update_number)]
 
     def before_unscaling(self) -> None:
         """Plant the faults of the gradients.
@@ -108,9 +111,8 @@ class UpdateWatch:
         Raises:
             FaultInjectionError: a rank holds no gradient of its fault's parameter; on all ranks.
         """
-        self._scale_before = self.scaler.scale_value
-        update = self.scaler.number
-        if not any(fault.target == "gradient" and update in fault.updates for fault in self._faults):
+        self._update, self._scale_before = self.scaler.update_number, self.scaler.scale_value
+        if not any(fault.target == "gradient" and self._update in fault.updates for fault in self._faults):
             return
         # All ranks know of it and hear of a failure, or the others would wait for the one that has stopped.
         failures = [failure for failure in of_all_ranks(self._plant_gradients()) if failure]
@@ -136,7 +138,7 @@ class UpdateWatch:
         if self.scaler.fault is not None:
             self._gradients = non_finite_gradients(self._module)
 
-    def findings(self) -> RankFindings | None:
+    def take_findings(self) -> RankFindings | None:
         """What this rank knows of an update that is skipped; None of one that is applied. Before ``update``."""
         if self.scaler.fault is None:
             return None
@@ -157,7 +159,7 @@ class UpdateWatch:
         self.last_skip = SkipRecord.of_ranks(
             of_all_ranks(findings),
             role=self.role,
-            update=scaler.number - 1,
+            update=self._update,
             kind=scaler.fault or "",
             scale=self._scale_before,
             scale_after=scaler.scale_value,
@@ -167,7 +169,7 @@ class UpdateWatch:
             tell(self.last_skip.line())
             append(self.last_skip, self._folder)
 
-    def step_metrics(self) -> dict[str, float]:
+    def take_step_metrics(self) -> dict[str, float]:
         """What the log says of the training step that ends here; begins to count the next one's updates."""
         scaler = self.scaler
         now = scaler.total.since(self._reported)
@@ -181,7 +183,7 @@ class UpdateWatch:
             "consecutive_skips": float(scaler.consecutive_skips),
         }
 
-    def schedule_may_advance(self) -> bool:
-        """Whether an update was applied since the last call, or the settings do not ask for it."""
+    def take_schedule_step(self) -> bool:
+        """Whether the schedule may go on: an update was applied since the last call, or the settings do not ask."""
         before, self._scheduled = self._scheduled, self.scaler.total.applied
         return self._scheduled > before or not self.scaler.settings.hold_lr_on_skip

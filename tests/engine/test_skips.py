@@ -393,7 +393,7 @@ def metrics_of_verls_worker(model: str) -> list[dict]:
 
     def loss_with_metrics(model_output, data, dp_group=None):
         loss, _ = standalone.next_token_loss(model_output, data)
-        if engine.scaler.number in (4, 7, 8, 9):
+        if engine.scaler.update_number in (4, 7, 8, 9):
             loss = loss * torch.nan
         return loss, {"pg_loss": [loss.item()]}
 

@@ -74,24 +74,27 @@ def test_scale_and_counts_follow_the_reference_model_also_through_a_resume(fault
     scaler = LossScaler(chosen, "cpu")
     parameter, optimizer = _model()
     reference = reference_scales(chosen, faults)
-    in_a_row, overflowed = 0, False
+    in_a_row, since_overflow = 0, 0
     for number, (fault, scale) in enumerate(zip(faults, reference, strict=True), 1):
-        assert scaler.number == number
+        assert scaler.update_number == number
         before = scaler.scale_value
         _update(scaler, optimizer, parameter, fault)
         assert scaler.fault == fault
-        in_a_row, overflowed = (in_a_row + 1, overflowed or fault == GRADIENT) if fault else (0, False)
+        in_a_row = in_a_row + 1 if fault else 0
+        since_overflow = since_overflow + 1 if fault in (FORWARD, NORM) else 0
         assert scaler.consecutive_skips == in_a_row
         assert scaler.scale_value == scale
-        hopeless = not overflowed or chosen.mode == "static" or scale <= chosen.min
+        no_cure = since_overflow >= chosen.max_consecutive_skips
+        hopeless = no_cure or chosen.mode == "static" or scale <= chosen.min
         assert scaler.stuck == (in_a_row >= chosen.max_consecutive_skips and scale == before and hopeless)
         if number == saved_after:
             state = json.loads(json.dumps(scaler.state_dict()))
             scaler = LossScaler(chosen, "cpu")
             gave_up = in_a_row >= chosen.max_consecutive_skips
-            in_a_row, overflowed = (0, False) if gave_up else (in_a_row, in_a_row > 0)
+            in_a_row, since_overflow = (0, 0) if gave_up else (in_a_row, since_overflow)
             assert len(scaler.load_state_dict(state)) == gave_up
-            assert scaler.state_dict() == {**state, "consecutive_skips": in_a_row}
+            counts = {"consecutive_skips": in_a_row, "skips_since_overflow": since_overflow}
+            assert scaler.state_dict() == {**state, **counts}
     skipped = [fault for fault in faults if fault]
     assert scaler.total == Updates(len(faults) - len(skipped), len(skipped), skipped.count(FORWARD))
     assert scaler.total.since(Updates(0, 1, 1)).skipped == len(skipped) - 1
@@ -255,6 +258,11 @@ def test_a_run_that_overflows_all_the_way_down_is_not_stuck_before_it_is_there()
     for fault in (GRADIENT, GRADIENT, FORWARD):
         _update(scaler, optimizer, parameter, fault)
     assert not scaler.stuck, "it is far above its floor"
+    for _ in range(2):
+        _update(scaler, optimizer, parameter, FORWARD)
+    assert scaler.stuck, "three in a row that no scale cures"
+    _update(scaler, optimizer, parameter, GRADIENT)
+    assert not scaler.stuck
     scaler.scale_value = 1.0
     _update(scaler, optimizer, parameter, GRADIENT)
     assert scaler.stuck

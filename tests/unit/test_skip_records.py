@@ -9,7 +9,7 @@ import pytest
 
 from verl_fp16.attribution import NonFiniteGradient
 from verl_fp16.module_trace import NonFiniteOutput
-from verl_fp16.skip_records import KEPT, RankFindings, SkipRecord, append, file_of
+from verl_fp16.skip_records import MAX_RECORDED, RankFindings, SkipRecord, append, file_of
 
 MODULE = NonFiniteOutput("model.layers.1.mlp", "Qwen3MLP", 3, 1, 512, 60000.0, 0)
 
@@ -22,10 +22,10 @@ def record(*ranks: RankFindings, kind: str = "gradient", scale_after: float = 32
 
 def test_the_worst_parameters_of_all_ranks_come_first():
     few, many = NonFiniteGradient("a.weight", 1, 0, 8), NonFiniteGradient("b.weight", 2, 3, 8)
-    others = tuple(NonFiniteGradient(f"c{number}.weight", 0, 1, 8) for number in range(KEPT))
+    others = tuple(NonFiniteGradient(f"c{number}.weight", 0, 1, 8) for number in range(MAX_RECORDED))
     seen = record(RankFindings(0, (few, *others)), RankFindings(1, (many,)))
     assert [(g["parameter"], g["rank"]) for g in seen.gradients[:2]] == [("b.weight", 1), ("a.weight", 0)]
-    assert len(seen.gradients) == KEPT and seen.gradients_total == KEPT + 2
+    assert len(seen.gradients) == MAX_RECORDED and seen.gradients_total == MAX_RECORDED + 2
     assert seen.data_ranks is None
     assert seen.line() == (
         "actor update 7 skipped (loss scale 65536, now 32768): the gradients overflowed: b.weight on rank 1: 2 inf and "
@@ -46,7 +46,7 @@ def test_of_one_rank_it_is_known_whose_data_it_was():
         ),
         (
             (RankFindings(0, forward_fault=True, traced=True), RankFindings(1, traced=True)),
-            "not finite on rank 0, while every module's output was: it begins outside of them",
+            "not finite on rank 0, although every module's output was: it begins outside of them",
         ),
         (
             (RankFindings(0, traced=True), RankFindings(1, forward_fault=True, traced=True, module=MODULE)),
@@ -58,7 +58,7 @@ def test_of_one_rank_it_is_known_whose_data_it_was():
 def test_a_fault_of_the_forward_pass_says_on_which_rank_and_where(ranks, said):
     seen = record(*ranks, kind="forward", scale_after=65536.0, consecutive=2)
     assert said in seen.line()
-    assert "(loss scale 65536, as it was; skip 2 in a row)" in seen.line()
+    assert "(loss scale stays 65536; skip 2 in a row)" in seen.line()
 
 
 def test_a_record_is_one_json_line(tmp_path):

@@ -1,7 +1,8 @@
 """Hooks on verl's FSDP engine (FSDP1 and FSDP2, actor, reference policy and critic).
 
 They act on an engine whose own ``mixed_precision`` carries the key ``verl_fp16``, and on no other. What they do is in
-:mod:`verl_fp16.loss_scaling` (which updates are skipped) and :mod:`verl_fp16.update_watch` (what is told of them).
+:mod:`verl_fp16.loss_scaling` (which updates are skipped) and :mod:`verl_fp16.update_watch` (what is told of them); why
+each is there, in the records of :mod:`verl_fp16.hooks`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from typing import Any
 import torch
 
 from verl_fp16.fault_injection import Fault
-from verl_fp16.loss_scale_settings import FORWARD
+from verl_fp16.loss_scale_settings import FORWARD, LossScaleSettings
 from verl_fp16.loss_scaling import LossScaler
-from verl_fp16.settings import LossScaleSettings
 from verl_fp16.update_watch import UpdateWatch
 
 # What has to be finite in a forward pass beside the loss, by its name in verl's model output.
@@ -41,7 +41,8 @@ def use_loss_scaler(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any],
         settings = settings_of(self)
         if settings is not None and self.scaler is not None:
             self.scaler = None if self.engine_config.forward_only else _make_loss_scaler(settings)
-            self._verl_fp16_watch = self.scaler and _make_watch(self.scaler, wrapped, settings)
+            if self.scaler is not None:
+                self._verl_fp16_watch = _make_watch(self.scaler, wrapped, settings)
         return wrapped
 
     return _build_fsdp_module
@@ -106,10 +107,10 @@ def _adds_up_in_float16(engine: Any) -> bool:
     )
 
 
-class _HeldStep:
-    """Stands in for the scaler while verl's ``optimizer_step`` runs, which calls ``step`` before it knows the norm.
+class _UnscaleOnly:
+    """Stands in for the scaler in verl's ``optimizer_step``, whose call of ``step`` comes before the norm is on the host.
 
-    The norm comes to the host at the end of that method anyway; with it in hand the update is decided after it.
+    The norm comes there at the end of that method anyway; :func:`step_if_finite` decides the update then.
     """
 
     def __init__(self, watch: UpdateWatch) -> None:
@@ -133,13 +134,13 @@ def step_if_finite(original: Callable[[Any], float]) -> Callable[[Any], float | 
         if watch is None:
             return original(self)
         scaler = watch.scaler
-        self.scaler = _HeldStep(watch)
+        self.scaler = _UnscaleOnly(watch)
         try:
             grad_norm = original(self)
         finally:
             self.scaler = scaler
         scaler.step(self.optimizer, grad_norm)
-        findings = watch.findings()
+        findings = watch.take_findings()
         scaler.update()
         watch.record(findings)
         return None if scaler.last_step_skipped else grad_norm
@@ -155,7 +156,7 @@ def watch_mini_batch(original: Callable[..., Any]) -> Callable[..., Any]:
         with watch.forward_and_backward():
             outputs = original(self, data, watch.loss_with_faults(loss_function))
         if _ends_training_step(data):
-            metrics = watch.step_metrics()
+            metrics = watch.take_step_metrics()
             if self.is_mp_src_rank_with_outputs():
                 # Lists, because verl chains the values of the data-parallel ranks.
                 outputs["metrics"].update({name: [value] for name, value in metrics.items()})
@@ -165,7 +166,7 @@ def watch_mini_batch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _ends_training_step(data: Any) -> bool:
-    """Whether this is the last mini-batch of a training step; True where the caller has no such notion (SFT).
+    """Whether this is the last mini-batch of a training step; True where the caller has no such notion.
 
     verl averages metrics over mini-batches. A value that is there once a step is logged as it is.
     """
@@ -177,7 +178,7 @@ def _ends_training_step(data: Any) -> bool:
 def hold_schedule_without_update(original: Callable[[Any], float]) -> Callable[[Any], float]:
     def lr_scheduler_step(self: Any) -> float:
         watch = watch_of(self)
-        if watch is None or watch.schedule_may_advance():
+        if watch is None or watch.take_schedule_step():
             return original(self)
         return self.lr_scheduler.get_last_lr()[0]  # as verl: of the first group
 
