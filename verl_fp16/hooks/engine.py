@@ -108,7 +108,7 @@ def _adds_up_in_float16(engine: Any) -> bool:
 
 
 class _UnscaleOnly:
-    """Stands in for the scaler in verl's ``optimizer_step``, whose call of ``step`` comes before the norm is on the host.
+    """Stands in for the scaler in verl's ``optimizer_step``, which calls ``step`` before the norm is on the host.
 
     The norm comes there at the end of that method anyway; :func:`step_if_finite` decides the update then.
     """
