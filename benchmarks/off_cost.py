@@ -154,6 +154,13 @@ def run_steps(rounds: int, script: str = __file__) -> Any:
         return json.loads(out.read_text())
 
 
+def write_result(result: dict[str, Any], out: Path) -> None:
+    """Write it as JSON, and say where."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {out}")
+
+
 def print_table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -192,10 +199,8 @@ def main() -> None:
         "import verl": summary(measure_imports(options.imports)),
         "training step": summary(run_steps(options.rounds)),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
     print_table(result)
-    print(f"written to {options.out}")
+    write_result(result, options.out)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ both sides meet the same weights and the same neighbours on the machine. verl's 
 is given the device here. Both sides skip nothing. The seconds are of CPU time; ratios are compared as in
 ``off_cost.py``.
 
-Counted, for one update on each side: operations that torch dispatches, without views, and reads from the device. On a
-CPU torch's scaler updates its scale in Python, with a read of its own that it does not make on a GPU: left out here.
+Counted, for one update on each side: operations that torch dispatches, without views, and reads from the device; the
+reads also as torch's profiler records them. On a CPU torch's scaler updates its scale in Python, with a read of its own
+that it does not make on a GPU: left out of both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from off_cost import STEPS_IN_A_ROUND, machine_facts, make_model, run_steps, summary  # noqa: E402
+from off_cost import STEPS_IN_A_ROUND, machine_facts, make_model, run_steps, summary, write_result  # noqa: E402
 
 OURS, NATIVE = "LossScaler", "ShardedGradScaler"
 _READ = "_local_scalar_dense"
@@ -77,8 +78,30 @@ def count_operations(engine: Any, sides: Sides) -> dict[str, dict[str, int]]:
         with counted_operations() as operations:
             standalone.train_step(engine, make_batch())
         reads = operations[_READ] + operations["tolist"]
-        counts[side] = {"operations": sum(operations.values()), "reads": reads}
+        counts[side] = {
+            "operations": sum(operations.values()),
+            "reads": reads,
+            "reads_profiled": profiled_reads(engine),
+        }
     return counts
+
+
+def profiled_reads(engine: Any) -> int:
+    """Reads from the device in one update, as torch's profiler records them; ``tolist`` is added, which it does not."""
+    import torch
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    from verl_fp16 import standalone
+
+    lists: list[torch.Tensor] = []
+    original = torch.Tensor.tolist
+    with (
+        mock.patch.object(torch.Tensor, "tolist", lambda tensor: (lists.append(tensor), original(tensor))[1]),
+        mock.patch.object(ShardedGradScaler, "_amp_update_scale_cpu_", lambda scaler, found_inf: None),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+    ):
+        standalone.train_step(engine, make_batch())
+    return len(lists) + sum(event.name == f"aten::{_READ}" for event in profile.events())
 
 
 @contextmanager
@@ -174,10 +197,8 @@ def main() -> None:
         return
     measured = run_steps(options.rounds, __file__)
     result = {**machine_facts(), "counts": measured["counts"], "update": summary(measured["seconds"])}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
     print_table(result)
-    print(f"written to {options.out}")
+    write_result(result, options.out)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class LossScaler:
                 are kept until ``update`` and written back as they are.
         """
         self._bad_loss |= not math.isfinite(loss)
-        self._outputs += (output.detach() for output in outputs)
+        self._outputs += (output.detach() if output.requires_grad else output for output in outputs)
 
     def forward_fault_here(self) -> bool:
         """Whether it was this rank's data of which the loss or an output is not finite. Before :meth:`update`.
@@ -164,14 +164,15 @@ class LossScaler:
         if self._unscaled:
             raise RuntimeError("unscale_() has already been called since the last update()")
         self._unscaled = True
-        found = torch.zeros(2, device=self._device)  # a fault of the gradients, of the forward pass
-        self._unscale_and_check(local_gradients(optimizer), found[0:1], self._inverse_scales, 1.0 / self.scale_value)
-        self._unscale_and_check(self._outputs, found[1:2], self._ones, 1.0)
+        found = torch.zeros(2, 1, device=self._device)
+        of_gradients, of_forward = found.unbind()
+        self._unscale_and_check(local_gradients(optimizer), of_gradients, self._inverse_scales, 1.0 / self.scale_value)
+        self._unscale_and_check(self._outputs, of_forward, self._ones, 1.0)
         if self._bad_loss:
-            found[1] = 1.0
+            of_forward.fill_(1.0)
         if in_group():
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        gradient, forward = found.tolist()
+        (gradient,), (forward,) = found.tolist()
         # What is not finite in the forward pass makes the gradients so, too.
         self.fault = FORWARD if forward else GRADIENT if gradient else None
 

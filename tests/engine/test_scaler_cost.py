@@ -45,6 +45,7 @@ def test_no_operation_and_no_read_is_added(counted):
         # torch's: four copies and a reciprocal for the inverse scale, and the scale's update; ours: the check of the
         # log-probabilities.
         assert ours["operations"] == native["operations"] - 5, rank
+        assert ours["reads_profiled"] == native["reads_profiled"] > 10, rank
         assert native["operations"] > 1000 and native["reads"] > 10, "the update was counted, not only the scaler"
 
 
