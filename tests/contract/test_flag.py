@@ -337,8 +337,8 @@ def test_every_contradiction_is_told_at_once_and_nothing_is_started(tmp_path):
     assert "Traceback" not in output and "Started a local Ray instance" not in output
     new = [process for process in psutil.process_iter() if process.pid not in before]
     assert [process for process in new if str(tmp_path) in " ".join(_command(process))] == []
-    # Seconds of processor time: what it takes on a machine that does nothing else.
-    assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 15
+    # Seconds of processor time; 9 on a machine that does nothing else, and more where its cores are shared.
+    assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 30
 
 
 def _command(process: psutil.Process) -> list[str]:
