@@ -15,6 +15,8 @@ from verl_fp16.loss_scaling import LossScaler, LossScaleStateError
 from verl_fp16.ranks import of_all_ranks, rank_and_world_size
 from verl_fp16.telling import tell
 
+_START_ANEW = "To start from loss_scale.init, remove loss_scale_*.json of all ranks"
+
 
 def state_file(folder: str | os.PathLike[str], rank: int, world_size: int) -> Path:
     """The file of one rank in a checkpoint's folder of one role."""
@@ -51,7 +53,10 @@ def load_scaler(scaler: LossScaler, folder: str | os.PathLike[str]) -> None:
         said = f"loss scale: the state in {folder} {missing}: it goes on from {scaler.scale_value:g}"
         _tell_once(rank, said)
         return
-    changes = scaler.load_state_dict(state)
+    try:
+        changes = scaler.load_state_dict(state)
+    except LossScaleStateError as error:
+        raise LossScaleStateError(f"{folder}: {error}. {_START_ANEW}") from None
     tracked = f"after {scaler.growth_tracker} of {scaler.settings.growth_interval} updates until it grows"
     _tell_once(rank, f"loss scale {scaler.scale_value:g} from {folder}, {tracked}")
     for change in changes:
@@ -62,13 +67,13 @@ def _read(path: Path) -> Any:
     """What is in the file; None where there is none; an error instead of a value where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) or LossScaleStateError(
-            f"the loss-scale state {path} is empty"
+            f"the loss-scale state {path} is empty. {_START_ANEW}"
         )
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         # Raised only after the other ranks have heard of it, which would wait for this one otherwise.
-        return LossScaleStateError(f"the loss-scale state {path} cannot be read: {error}")
+        return LossScaleStateError(f"the loss-scale state {path} cannot be read: {error}. {_START_ANEW}")
 
 
 def _refuse_different(states: Sequence[Any], folder: str | os.PathLike[str]) -> None:
@@ -84,7 +89,7 @@ def _refuse_different(states: Sequence[Any], folder: str | os.PathLike[str]) -> 
         found = "; ".join(f"rank {', '.join(map(str, ranks))}: {state}" for state, ranks in by_state.items())
         raise LossScaleStateError(
             f"the ranks found different loss-scale states in {folder} ({found}), and would scale differently. Copy one "
-            "rank's file over the others' (loss_scale_*.json), or remove all of them to start from loss_scale.init"
+            f"rank's file over the others'. {_START_ANEW}"
         )
 
 
