@@ -100,6 +100,19 @@ def test_the_scaler_launches_no_more_kernels_and_waits_no_more_than_torchs(nccl,
     assert counted["ours"]["waits"] <= counted["native"]["waits"], counted
 
 
+def test_gradients_under_cpu_offload_are_looked_at_too(nccl):
+    """FSDP2's CPU offload policy leaves the gradients on the CPU, while the ranks agree on the GPU."""
+    there, here = torch.nn.Parameter(torch.ones(4, device="cuda")), torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([there, here], lr=0.1)
+    scaler = LossScaler(LossScaleSettings(), "cuda")
+    for bad, skipped in ((1.0, False), (torch.inf, True)):
+        there.grad, here.grad = torch.ones(4, device="cuda"), torch.tensor([1.0, bad, 1.0, 1.0])
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.last_step_skipped is skipped
+
+
 @pytest.mark.parametrize("bad", ("loss", "output"))
 def test_a_fault_of_the_forward_pass_is_told_apart_on_cuda(bad):
     parameter = torch.nn.Parameter(torch.ones(16, device="cuda"))

@@ -179,6 +179,24 @@ def test_gradients_come_out_unscaled_to_the_bit():
     assert torch.equal(parameter.grad, other.grad)
 
 
+def test_gradients_are_divided_by_the_scale_that_the_loss_was_multiplied_by():
+    """Also after the scale has moved, down and up."""
+    parameter, optimizer = _model(1.0)
+    scaler = LossScaler(LossScaleSettings(init=1024.0, growth_interval=2), "cpu")
+    for fault in (None, GRADIENT, None, None, None):
+        scale = scaler.scale_value
+        optimizer.zero_grad()
+        scaler.scale(parameter.sum()).backward()
+        assert torch.equal(parameter.grad, torch.full((3,), scale))
+        if fault:
+            parameter.grad[0] = torch.inf
+        scaler.unscale_(optimizer)
+        assert torch.equal(parameter.grad[1:], torch.ones(2)), f"at scale {scale}"
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.scale_value == 1024.0, "it went to 512 and came back"
+
+
 def test_a_half_precision_loss_is_scaled_in_float32():
     loss = torch.tensor(2.0, dtype=torch.float16)
     assert LossScaler(LossScaleSettings(), "cpu").scale(loss).item() == 131072.0
