@@ -93,6 +93,27 @@ def test_the_patcher_leaves_all_of_them_alone(declared):
     assert library.function(1) == 20, "once"
 
 
+def test_a_hook_may_rely_on_a_body_that_another_one_was_put_on_in_the_source(declared):
+    library, (first, *_) = declared
+    library.function, library.other = source.verl_fp16_hook("a.function")(function), coroutine
+    known = Target("patched_library:function", bodies=("0" * 16,))
+    second = Hook(
+        "a.other",
+        Target("patched_library:other"),
+        "wrappers_of_source:async_times_ten",
+        "why",
+        "how",
+        relies_on=(known,),
+    )
+    patcher = Patcher((first, second))
+    patcher.require()
+    assert [status.partition(":")[0] for status in patcher.status().values()] == ["not needed", "applied"]
+    patcher.undo()
+    library.function = function
+    with pytest.raises(PatchError, match="the body of patched_library:function .* is none of those"):
+        Patcher((second,)).require()
+
+
 def test_nothing_with_the_switch(declared, monkeypatch):
     monkeypatch.setenv("VERL_FP16_DISABLE", "1")
     assert source.verl_fp16_hook("a.function")(function) is function

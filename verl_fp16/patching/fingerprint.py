@@ -1,8 +1,7 @@
 """A short name for what a function does: equal for equal code, whatever Python parses it and wherever it stands.
 
 The hash is over the syntax tree without positions, docstring and fields that are empty or that only some Python
-versions have; so comments, layout and documentation do not count, every other change does. A decorator of a source
-patch (:mod:`verl_fp16.source`) does not count either.
+versions have; so comments, layout and documentation do not count, every other change does, a decorator too.
 """
 
 from __future__ import annotations
