@@ -123,7 +123,7 @@ def same(a, b) -> bool:
 
 
 def test_one_side_has_the_hooks_and_the_other_has_none(installed, plain):
-    on_engines = [hook.name for hook in HOOKS if hook.target.module.startswith("verl.workers.engine")]
+    on_engines = [hook.name for hook in HOOKS if hook.target.module.startswith("verl.workers.engine.")]
     assert on_engines
     for rank in installed:
         assert set(on_engines) <= set(rank["held by verl"])
