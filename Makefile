@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.setup-done
+# Tests start some hundred processes that import verl: 3 s each with cached bytecode, 10 s where a shell forbids it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup quickstart test test-fast lint clean
 

@@ -3,7 +3,8 @@
     python benchmarks/import_time.py [--runs 15]
 
 In each process verl is imported without plugins (``VERL_USE_EXTERNAL_PLUGINS=none``), timed; then the modules that the
-entry points name are imported as verl would import them, timed.
+entry points name are imported as verl would import them, timed. Bytecode may be cached, as pip leaves it: where
+``PYTHONDONTWRITEBYTECODE`` is set, a checkout would be compiled anew in every process, which no installation is.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ print(json.dumps([t1 - t0, t2 - t1]))
 def measure(runs: int) -> tuple[float, float]:
     """Median seconds of ``import verl`` and of the plugin, over ``runs`` processes after one to warm the disk cache."""
     env = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     samples = []
     for _ in range(runs + 1):
         output = subprocess.run([sys.executable, "-c", _CHILD], env=env, capture_output=True, text=True, check=True)

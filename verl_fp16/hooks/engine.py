@@ -73,11 +73,12 @@ def forget_dropped_update(original: Callable[[Any], None]) -> Callable[[Any], No
 
 def judge_forward_pass(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward_step(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
-        loss, output = original(self, micro_batch, loss_function, forward_only)
+        result = original(self, micro_batch, loss_function, forward_only)
         watch = watch_of(self)
         if watch is not None and not forward_only:
+            _, output = result
             watch.scaler.note_forward(output["loss"], _judged_tensors(output["model_output"]))
-        return loss, output
+        return result
 
     return forward_step
 
