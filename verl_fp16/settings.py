@@ -14,8 +14,9 @@ from typing import Any
 from verl_fp16.fault_injection import Fault, fault_complaints
 from verl_fp16.findings import Finding, SettingsError, written
 from verl_fp16.loss_scale_settings import LossScaleSettings, scale_complaints
+from verl_fp16.weight_sync_settings import WeightSyncSettings, sync_complaints
 
-__all__ = ["DTYPES", "SCALES", "LossScaleSettings", "Settings", "SettingsError"]
+__all__ = ["DTYPES", "SCALES", "LossScaleSettings", "Settings", "SettingsError", "WeightSyncSettings"]
 
 DTYPES = ("float16", "bfloat16", "float32")
 SCALES = ("loss_scale", "critic_loss_scale")
@@ -30,6 +31,7 @@ class Settings:
         rollout_dtype: dtype of vLLM's model.
         loss_scale: the actor's loss scaler; read when ``train_dtype`` is float16.
         critic_loss_scale: the critic's; follows ``loss_scale`` where it is not set.
+        sync: how the actor's weights come into the rollout.
         read_back_timeout_s: seconds in which every process has to say what it runs, before the first rollout; > 0.
         fault_injection: faults planted on purpose, for tests and drills; see :mod:`verl_fp16.fault_injection`.
     """
@@ -38,6 +40,7 @@ class Settings:
     rollout_dtype: str = "float16"
     loss_scale: LossScaleSettings = field(default_factory=LossScaleSettings)
     critic_loss_scale: LossScaleSettings = field(default_factory=LossScaleSettings)
+    sync: WeightSyncSettings = field(default_factory=WeightSyncSettings)
     read_back_timeout_s: float = 300.0
     fault_injection: tuple[Fault, ...] = ()
 
@@ -64,7 +67,8 @@ class Settings:
             "critic_loss_scale": LossScaleSettings(**{**actor, **critic}),
         }
         faults = tuple(Fault(**fault) for fault in node.get("fault_injection", ()))
-        return cls(**{**node, **scales, "fault_injection": faults})
+        sync = WeightSyncSettings(**node.get("sync", {}))
+        return cls(**{**node, **scales, "sync": sync, "fault_injection": faults})
 
 
 def _problems(node: Any, key: str = "verl_fp16") -> Iterator[Finding]:
@@ -81,6 +85,7 @@ def _problems(node: Any, key: str = "verl_fp16") -> Iterator[Finding]:
     if complaint := _seconds_complaint(seconds):
         fix = (f"{key}.read_back_timeout_s={Settings.read_back_timeout_s:g}",)
         yield Finding("error", f"{key}.read_back_timeout_s", seconds, complaint, fix)
+    yield from _sync_problems(node.get("sync", {}), f"{key}.sync")
     for place, value, complaint in fault_complaints(node.get("fault_injection", ())):
         where = f"{key}.fault_injection{place}"
         yield Finding("error", where, value, complaint, ("verl_fp16.fault_injection=[]",))
@@ -100,13 +105,28 @@ def _seconds_complaint(value: Any) -> str:
     return f"must be a finite number of seconds above 0, got {value!r}"
 
 
+def _sync_problems(values: Any, key: str) -> Iterator[Finding]:
+    if not isinstance(values, Mapping):
+        yield _not_a_mapping(values, key)
+        return
+    yield from _unknown_keys(values, WeightSyncSettings, key)
+    given = _with_defaults(values, WeightSyncSettings)
+    for name, complaint in sync_complaints(given):
+        fix = (f"{key}.{name}={written(getattr(WeightSyncSettings, name))}",)
+        yield Finding("error", f"{key}.{name}", given[name], complaint, fix)
+
+
+def _with_defaults(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    defaults = {f.name: f.default for f in fields(kind)}
+    return {**defaults, **{name: value for name, value in values.items() if name in defaults}}
+
+
 def _scale_problems(values: Any, key: str) -> Iterator[Finding]:
     if not isinstance(values, Mapping):
         yield _not_a_mapping(values, key)
         return
     yield from _unknown_keys(values, LossScaleSettings, key)
-    defaults = {f.name: f.default for f in fields(LossScaleSettings)}
-    given = {**defaults, **{name: value for name, value in values.items() if name in defaults}}
+    given = _with_defaults(values, LossScaleSettings)
     for name, complaint in scale_complaints(given):
         fix = (_default(key, name),)
         # The default of init may lie outside of these bounds too.

@@ -6,6 +6,7 @@ What runs is verl's engine with verl's configuration classes, built as verl's ``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
+from verl_fp16.weight_sync_settings import WeightSyncSettings
+
 
 def mixed_precision(
     dtype: str,
@@ -23,6 +26,7 @@ def mixed_precision(
     loss_scale: dict[str, Any] | None = None,
     folder: str | None = None,
     fault_injection: Sequence[dict[str, Any]] = (),
+    weight_sync: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the flag puts into a role's ``fsdp_config.mixed_precision``.
 
@@ -32,6 +36,7 @@ def mixed_precision(
         loss_scale: settings of the loss scaler; defaults where left out.
         folder: the run's folder, where skipped updates are recorded.
         fault_injection: see :mod:`verl_fp16.fault_injection`.
+        weight_sync: the rollout's dtype, ``dtype`` where left out, and settings of the sync; defaults where left out.
     """
     return {
         "param_dtype": dtype,
@@ -43,6 +48,7 @@ def mixed_precision(
             "loss_scale": loss_scale or {},
             "folder": folder,
             "fault_injection": list(fault_injection),
+            "weight_sync": {"dtype": dtype, **asdict(WeightSyncSettings()), **(weight_sync or {})},
         },
     }
 

@@ -16,6 +16,13 @@ from verl_fp16.settings import LossScaleSettings, Settings, SettingsError
         ({"loss_scale": {"xyz": 3}}, "known keys: init"),
         ({"loss_scale": 3}, "verl_fp16.loss_scale must be a mapping, got 3"),
         ({"critic_loss_scale": {"init": -1.0}}, "verl_fp16.critic_loss_scale.init must be at least"),
+        ({"sync": 3}, "verl_fp16.sync must be a mapping, got 3"),
+        ({"sync": {"audit_intervall": 3}}, "did you mean verl_fp16.sync.audit_interval?"),
+        ({"sync": {"on_overflow": "clip"}}, "verl_fp16.sync.on_overflow must be error or clamp or ignore, got 'clip'"),
+        ({"sync": {"audit_interval": -1}}, "verl_fp16.sync.audit_interval must be a number of syncs, or 0"),
+        ({"sync": {"audit_interval": 2.5}}, "verl_fp16.sync.audit_interval must be a number of syncs, or 0"),
+        ({"sync": {"probe_tolerance": 0}}, "verl_fp16.sync.probe_tolerance must be a finite number of nats above 0"),
+        ({"sync": {"probe_tolerance": float("inf")}}, "verl_fp16.sync.probe_tolerance must be a finite number"),
     ),
 )
 def test_wrong_node_is_refused_by_name(node, message):

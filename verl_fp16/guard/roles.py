@@ -45,6 +45,11 @@ def payload(role: str, settings: Settings, folder: str | None = None) -> dict[st
         "loss_scale": asdict(scale) if scale is not None else None,
         "folder": folder,
         "fault_injection": [{**fault, "updates": list(fault["updates"])} for fault in faults],
+        # The critic goes nowhere but into checkpoints and exports, in the dtype that it computes in.
+        "weight_sync": {
+            "dtype": settings.rollout_dtype if role == "actor" else settings.train_dtype,
+            **asdict(settings.sync),
+        },
     }
 
 
