@@ -114,6 +114,7 @@ def make_batch(
     sequences: Sequence[Sequence[int]],
     *,
     use_remove_padding: bool = False,
+    use_fused_kernels: bool = False,
     micro_batch_size: int | None = None,
     last_of_step: bool = True,
     **tensors: torch.Tensor,
@@ -130,7 +131,7 @@ def make_batch(
         use_remove_padding=use_remove_padding,
         use_dynamic_bsz=False,
         micro_batch_size_per_gpu=micro_batch_size or len(sequences),
-        use_fused_kernels=False,
+        use_fused_kernels=use_fused_kernels,
         temperature=1.0,
         global_batch_size=len(sequences) * dist.get_world_size(),
         update_lr_scheduler=last_of_step,
@@ -149,13 +150,18 @@ def next_token_loss(model_output: dict[str, torch.Tensor], data: TensorDict, dp_
 
 
 @torch.no_grad()
-def teacher_forced_log_probs(engine: Any, sequences: Sequence[Sequence[int]], micro_batch_size: int) -> list:
+def teacher_forced_log_probs(
+    engine: Any, sequences: Sequence[Sequence[int]], micro_batch_size: int, **batch_settings: bool
+) -> list:
     """Log-probability of every token but the first of each sequence, as the actor's log-prob pass computes it.
+
+    Args:
+        batch_settings: as for :func:`make_batch`.
 
     Returns:
         one float32 tensor of shape (length - 1,) for each sequence, in nats.
     """
-    batch = make_batch(sequences, micro_batch_size=micro_batch_size)
+    batch = make_batch(sequences, micro_batch_size=micro_batch_size, **batch_settings)
     tu.assign_non_tensor(batch, return_model_output=True)
     with engine.eval_mode():
         output = engine.infer_batch(batch)

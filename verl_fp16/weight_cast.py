@@ -161,8 +161,11 @@ class CheckedCast:
         """The counts of all tensors together."""
         return sum(self.counts().values(), CastCounts())
 
-    def check(self) -> None:
+    def check(self, counts: Mapping[str, CastCounts] | None = None) -> None:
         """Hold what was counted against the policy.
+
+        Args:
+            counts: by name, such as those of several ranks together; this cast's own where left out.
 
         Raises:
             WeightOverflow: under ``error`` values have overflowed; under ``error`` and ``clamp`` values were not finite
@@ -170,7 +173,7 @@ class CheckedCast:
         """
         if self.on_overflow == "ignore":
             return
-        counts = self.counts()
+        counts = self.counts() if counts is None else counts
         messages = [overflow_message(counts, self.dtype)] if self.on_overflow == "error" else []
         if text := "\n".join(filter(None, [*messages, _non_finite_message(counts)])):
             raise WeightOverflow(text)

@@ -138,7 +138,6 @@ CONTRADICTIONS = (
     (f"{ROLLOUT}.temperature=0.0009", "error", f"{ROLLOUT}.temperature", "65,504"),
     (f"{ROLLOUT}.checkpoint_engine.backend=mooncake", "error", f"{ROLLOUT}.checkpoint_engine.backend", "bfloat16"),
     (f"{ROLLOUT}.checkpoint_engine.backend=mine", "warning", f"{ROLLOUT}.checkpoint_engine.backend", "not know"),
-    (f"{MODEL}.lora.merge=true", "error", f"{MODEL}.lora.merge", "rounds merged LoRA"),
     (f"{MODEL}.lora.dtype=fp16", "error", f"{MODEL}.lora.dtype", "Megatron"),
     (f"{MODEL}.override_config.torch_dtype=fp16", "error", f"{MODEL}.override_config.torch_dtype", "from here"),
     (f"{MODEL}.use_liger=true", "warning", f"{MODEL}.use_liger", "training only"),
@@ -177,7 +176,7 @@ def test_a_contradiction_is_found_and_its_fix_removes_it(override, severity, key
 
 def test_every_rule_is_among_these_or_has_a_test_of_its_own():
     """A rule that nothing here sets off could be lost unseen."""
-    own = {"idle_scaler", "float16_fits", "temperature_of_raw_log_probs", "teachers", "full_weights"}
+    own = {"idle_scaler", "float16_fits", "temperature_of_raw_log_probs", "teachers", "merged_lora"}
     own |= {"entry_point", "trainers", "quantized_model", "static_scale", "planted_faults", "idle_critic_scale"}
     config, settings = configuration()
     cases = [guard.Case(apply(config, (row[0],)), settings, "0.9.1") for row in CONTRADICTIONS]
@@ -197,7 +196,7 @@ def test_contradictions_are_judged_against_the_declared_pair():
     assert [finding.fix for finding in check(override, train="bfloat16", rollout="bfloat16")] == [
         (f"{ROLLOUT}.dtype=bfloat16",)
     ]
-    backend = (f"{ROLLOUT}.checkpoint_engine.backend=mooncake", f"{MODEL}.lora.merge=true")
+    backend = (f"{ROLLOUT}.checkpoint_engine.backend=mooncake",)
     assert check(backend, train="bfloat16", rollout="bfloat16") == [], "rounding to bfloat16 is what was asked for"
 
 
@@ -346,9 +345,13 @@ def test_trainers_whose_dtypes_are_not_read_back_are_warned_of():
     assert check((), entry="verl.trainer.main_ppo") == []
 
 
-def test_the_release_that_rounds_every_weight_is_warned_of():
-    assert [finding.key for finding in check((), verl="0.8.0")] == ["verl"]
-    assert check((), verl="0.8.0", train="bfloat16", rollout="bfloat16") == []
+def test_merged_lora_is_refused_where_the_release_sends_it_without_its_adapters():
+    merged = (f"{MODEL}.lora.merge=true",)
+    assert check(merged, verl="0.9.0") == check(merged, verl="0.9.1") == []
+    (finding,) = check(merged, verl="0.8.0")
+    assert (finding.severity, finding.key) == ("error", f"{MODEL}.lora.merge")
+    assert "taken the adapters out" in finding.why
+    assert check((*merged, *finding.fix), verl="0.8.0") == check((), verl="0.8.0") == []
 
 
 def test_an_entry_point_without_an_actor_is_refused():

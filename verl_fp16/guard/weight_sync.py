@@ -40,19 +40,12 @@ def _fallback(case: Case) -> str:
 
 
 def merged_lora(case: Case) -> Iterator[Finding]:
-    """``FSDPEngine._merged_lora_per_tensor_param`` casts to bfloat16 (0.8.0: ``get_per_tensor_param``)."""
+    """0.8.0's ``get_per_tensor_param`` takes aliases of the live weights out of ``merged_lora_context``."""
     key = "actor_rollout_ref.model.lora.merge"
     value = case.get(key, False)
-    if value is not False and case.rollout not in (None, "bfloat16"):
-        why = f"verl rounds merged LoRA weights to bfloat16 before it sends them: {_WHY_IT_MATTERS}"
-        yield Finding("error", key, value, why, (f"{key}=false",), "the adapter is then synced as it is")
+    if value is not False and case.verl.startswith("0.8."):
+        why = f"verl {case.verl} sends the weights after it has taken the adapters out of them again"
+        yield Finding("error", key, value, why, (f"{key}=false",), "or use verl 0.9.0 or newer")
 
 
-def full_weights(case: Case) -> Iterator[Finding]:
-    """verl 0.8.0's ``get_per_tensor_param`` casts every sharded weight to bfloat16; 0.9.0 dropped the cast."""
-    if case.verl.startswith("0.8.") and case.rollout not in (None, "bfloat16"):
-        why = f"this release rounds all weights to bfloat16 before it sends them: {_WHY_IT_MATTERS}"
-        yield Finding("warning", "verl", case.verl, why, advice="use verl 0.9.0 or newer")
-
-
-RULES = (backend, merged_lora, full_weights)
+RULES = (backend, merged_lora)

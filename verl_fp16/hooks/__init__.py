@@ -2,9 +2,11 @@
 
 One module for each concern: :mod:`~verl_fp16.hooks.entry`, :mod:`~verl_fp16.hooks.driver` (the process that reads the
 configuration), :mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics, FSDP1's gradient sync),
-:mod:`~verl_fp16.hooks.checkpoint` (the scaler's state in checkpoints), :mod:`~verl_fp16.hooks.metrics` (the gap between
+:mod:`~verl_fp16.hooks.checkpoint` (the scaler's state in checkpoints), :mod:`~verl_fp16.hooks.weight_sync` (what is
+sent to the rollout, and its audit), :mod:`~verl_fp16.hooks.metrics` (the gap between
 rollout and training), :mod:`~verl_fp16.hooks.trainer` (the read-back before the first rollout, the seam of the training
-step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back).
+step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back
+and the audit).
 """
 
 from verl_fp16.patching import Hook, Package, Patcher, Target
@@ -151,6 +153,47 @@ HOOKS: tuple[Hook, ...] = (
         until="verl keeps the adapters in float32",
     ),
     Hook(
+        name="engine.send_weights",
+        target=Target(
+            _FSDP + "FSDPEngine.get_per_tensor_param",
+            ("layered_summon", "base_sync_done", "kwargs"),
+            # Every weight comes out of convert_weight_keys; a DTensor is gathered, and rounded to bfloat16 where the
+            # release does so, and anything else is sent as it is.
+            bodies=("fb02071d27ce32ef", "cc67315b2b977f0c"),
+        ),
+        wrapper="verl_fp16.hooks.weight_sync:send_in_rollout_dtype",
+        why="float32 is sent where half of the bytes would do, and nobody sees what the receiver's rounding does",
+        how="notes what goes into the stream, and on audited syncs digests it",
+        until="verl sends in the rollout's dtype and checks it",
+    ),
+    Hook(
+        name="engine.weight_images",
+        target=Target("verl.utils.model:convert_weight_keys", ("state_dict", "model"), bodies=("72b543d90af3cbaa",)),
+        wrapper="verl_fp16.hooks.weight_sync:make_images",
+        why="merged LoRA, and all sharded weights in verl 0.8, are rounded to bfloat16; shards are gathered in float32",
+        how="hands verl whole tensors, one at a time, whose shards were cast to the rollout's dtype before gathering",
+        until="verl sends in the rollout's dtype",
+    ),
+    Hook(
+        name="sync.audit",
+        target=Target("verl.checkpoint_engine.base:CheckpointEngineManager.update_weights", ("global_steps",)),
+        wrapper="verl_fp16.hooks.weight_sync:audit_update",
+        why="nothing tells whether the rollout holds the weights that were trained, nor what a sync costs",
+        how="compares what was sent, what arrived, what is held and what it computes; adds sync/ to the metrics",
+        until="never: it is ours",
+    ),
+    Hook(
+        name="rollout.arrival",
+        target=Target(
+            "verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension._update_weights",
+            ("weights", "peft_config", "base_sync_done"),
+        ),
+        wrapper="verl_fp16.hooks.rollout:note_arrival",
+        why="as sync.audit",
+        how="on audited syncs, digests what arrived and follows where vLLM's loaders copy it",
+        until="never: it is ours",
+    ),
+    Hook(
         name="metrics.log_prob_gap",
         target=Target("verl.utils.debug.metrics:calculate_debug_metrics", ("data",)),
         wrapper="verl_fp16.hooks.metrics:add_log_prob_gap",
@@ -230,8 +273,8 @@ HOOKS: tuple[Hook, ...] = (
         name="rollout.worker_report",
         target=Target("verl.workers.rollout.vllm_rollout.utils"),
         wrapper="verl_fp16.hooks.rollout:worker_answers",
-        why="a vLLM worker's precision can be read in its own process only",
-        how="adds a method to the class that vLLM mixes into its worker",
+        why="a vLLM worker's precision and weights can be read in its own process only",
+        how="adds methods to the class that vLLM mixes into its worker",
         until="never: it is ours",
     ),
     Hook(
@@ -239,7 +282,7 @@ HOOKS: tuple[Hook, ...] = (
         target=Target("verl.workers.rollout.vllm_rollout.vllm_async_server"),
         wrapper="verl_fp16.hooks.rollout:server_answers",
         why="verl's collective_rpc drops what vLLM's workers answer",
-        how="adds a method to verl's vLLM server that returns it",
+        how="adds methods to verl's vLLM server that return it, and that ask it for the probe's log-probabilities",
         until="verl's server returns what its workers answer",
     ),
 )

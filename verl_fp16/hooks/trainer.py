@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from verl_fp16 import plugin
+from verl_fp16.hooks.audited_sync import add_sync_metrics
 from verl_fp16.hooks.driver import is_flag_given, read_settings
 from verl_fp16.hooks.stuck_scale import stop_when_stuck
 from verl_fp16.telling import tell
@@ -19,6 +20,8 @@ from verl_fp16.training_step import StepRecord, forget, notify_observers, observ
 
 # In the metrics of every training step, in all of verl's trainers, and not in those of the initial validation.
 STEP_KEY = "training/global_step"
+
+_OBSERVERS = (add_sync_metrics, stop_when_stuck)
 
 # The trainer whose fit() is running in this process.
 _trainer: Any = None
@@ -48,12 +51,14 @@ def _fitting(trainer: Any) -> Iterator[None]:
         return
     check_what_runs(trainer)
     _trainer = trainer
-    observe(stop_when_stuck)
+    for observer in _OBSERVERS:
+        observe(observer)
     try:
         yield
     finally:
         _trainer = None
-        forget(stop_when_stuck)
+        for observer in _OBSERVERS:
+            forget(observer)
 
 
 def check_what_runs(trainer: Any) -> None:

@@ -1,0 +1,185 @@
+"""The sending side of the weight sync, in every FSDP rank: weights in the rollout's dtype, counted and digested.
+
+Of a sharded weight each rank casts the shard that it holds, so that the gathering moves half of the bytes as well, and
+counts it once. What the rollout holds in another dtype, or may hold, goes as it is: which that is, the first sync
+tells, in which everything does (:mod:`verl_fp16.weight_sync.receiver`). Torch alone; the hook is
+:mod:`verl_fp16.hooks.weight_sync`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from verl_fp16.ranks import rank_and_world_size
+from verl_fp16.weight_cast import CheckedCast
+from verl_fp16.weight_sync.digest import as_unsigned, stream_digest
+from verl_fp16.weight_sync.update_sample import UpdateSample
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class WeightSender:
+    """One rank's side of all syncs of a run.
+
+    Args:
+        dtype: the rollout's.
+        on_overflow: as :class:`verl_fp16.weight_cast.CheckedCast`.
+    """
+
+    def __init__(self, dtype: torch.dtype, on_overflow: str = "error") -> None:
+        self.dtype = dtype
+        self._on_overflow = on_overflow
+        # Names in the stream that may go in `dtype`; None while the rollout has not said.
+        self._narrow: frozenset[str] | None = None
+        # Name of a parameter -> the names under which it went into the stream: verl takes packed experts apart.
+        self._streamed_as: dict[str, list[str]] = {}
+        self._samples = UpdateSample(dtype)
+        self._digests_wanted = False
+        self._rounds: list[_Round] = []
+
+    def narrow_to(self, names: Iterable[str] | None) -> None:
+        """Say what may go in the rollout's dtype from now on.
+
+        Args:
+            names: names in the stream; None for none, as nothing is known of them.
+        """
+        self._narrow = None if names is None else frozenset(names)
+
+    def prepare(self, *, digests: bool) -> None:
+        """Get ready for a sync, whose stream is digested or not."""
+        self._digests_wanted = digests
+        self._rounds.clear()
+
+    def begin(self) -> None:
+        """A stream of weights begins; LoRA's first sync has two, of which the second is taken first."""
+        # Of syncs that nobody asks for a report of, nothing piles up.
+        self._rounds = [*self._rounds[-1:], _Round(self.dtype, self._on_overflow)]
+
+    def images(self, params: Mapping[str, torch.Tensor], device: Any) -> Mapping[str, torch.Tensor]:
+        """``params`` with whole tensors, ready to be sent, made one at a time as the items are taken.
+
+        Args:
+            params: parameters and buffers of the module, DTensors or whole; names as verl sends them, or packed.
+            device: where shards are gathered.
+        """
+        return _LazyParams(params, lambda: self._images(params, device, self._rounds[-1]))
+
+    def watch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """The stream as it leaves; what is in it is noted as it is taken."""
+        return self._watched(weights, self._rounds[-1])
+
+    def _watched(self, weights: Weights, this: _Round) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            this.note(name, tensor, self._digests_wanted)
+            yield name, tensor
+        self._streamed_as.update(this.streamed_as)
+
+    def report(self) -> dict[str, Any]:
+        """What was sent since :meth:`prepare` or the last report, in plain types; waits for the device.
+
+        ``bytes`` of the stream; ``counts`` of the cast in total, and by name for those with values that overflowed or
+        were not finite, each value counted on one rank; ``sample``: see :class:`UpdateSample`; ``stream``: a list of
+        (name, dtype, shape, digest) where digests were wanted.
+        """
+        rounds, self._rounds = self._rounds, []
+        counts = [item for this in rounds for item in this.counted.counts().items()]
+        total = sum((c for _, c in counts), type(counts[0][1])()) if counts else None
+        return {
+            "rank": rank_and_world_size()[0],
+            "bytes": sum(this.bytes for this in rounds),
+            "values": total and asdict(total),
+            "faults": {name: asdict(c) for name, c in counts if c.overflow or c.non_finite},
+            "sample": self._samples.read(),
+            "stream": [entry for this in rounds for entry in this.digests()],
+        }
+
+    def _images(
+        self, params: Mapping[str, torch.Tensor], device: Any, this: _Round
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        # What goes as it is goes first: verl 0.8 does not align tensors in its bucket, where a float32 one must not
+        # follow an odd number of float16 values.
+        for name in sorted(params, key=self._goes_narrow):
+            param = params[name].detach()
+            this.now = name
+            if isinstance(param, DTensor):
+                param = param.to(device, non_blocking=True)
+                yield name, self._gathered(name, param, this)
+            else:
+                image = self._cast(name, param, rank_and_world_size()[0] == 0, this)
+                yield name, image if self._goes_narrow(name) else param
+
+    def _gathered(self, name: str, param: DTensor, this: _Round) -> torch.Tensor:
+        image = self._cast(name, param.to_local(), _is_first_copy(param), this)
+        if not self._goes_narrow(name):
+            return param.full_tensor()
+        return DTensor.from_local(
+            image, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        ).full_tensor()
+
+    def _cast(self, name: str, tensor: torch.Tensor, mine: bool, this: _Round) -> torch.Tensor:
+        if mine:
+            self._samples.take(name, tensor)
+        return (this.counted if mine else this.copies)(name, tensor)
+
+    def _goes_narrow(self, name: str) -> bool:
+        if self._narrow is None:
+            return False
+        names = self._streamed_as.get(name)
+        return bool(names) and self._narrow.issuperset(names)
+
+
+class _Round:
+    """One stream: what was cast for it, and what went into it."""
+
+    def __init__(self, dtype: torch.dtype, on_overflow: str) -> None:
+        self.counted = CheckedCast(dtype, on_overflow)
+        # Of what another rank counts.
+        self.copies = CheckedCast(dtype, on_overflow)
+        self.bytes = 0
+        self.now = ""
+        self.streamed_as: dict[str, list[str]] = {}
+        self._noted: list[tuple[str, torch.Tensor, torch.Size, torch.dtype]] = []
+
+    def note(self, name: str, tensor: torch.Tensor, digest: bool) -> None:
+        self.bytes += tensor.nbytes
+        self.streamed_as.setdefault(self.now, []).append(name)
+        if digest:
+            self._noted.append((name, stream_digest(tensor), tensor.shape, tensor.dtype))
+
+    def digests(self) -> list[tuple[str, str, tuple[int, ...], int]]:
+        return read_digests(self._noted)
+
+
+def read_digests(
+    noted: list[tuple[str, torch.Tensor, torch.Size, torch.dtype]],
+) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """(name, dtype, shape, digest) in plain types; waits for the device once."""
+    numbers = torch.stack([digest for _, digest, _, _ in noted]).tolist() if noted else []
+    return [
+        (name, str(dtype).removeprefix("torch."), tuple(shape), as_unsigned(number))
+        for (name, _, shape, dtype), number in zip(noted, numbers, strict=True)
+    ]
+
+
+def _is_first_copy(param: DTensor) -> bool:
+    """Whether this rank's shard is the one of its copies that is counted; of several replicas that is the first."""
+    coordinates = param.device_mesh.get_coordinate()
+    return coordinates is not None and all(
+        where == 0 for where, placement in zip(coordinates, param.placements, strict=True) if placement.is_replicate()
+    )
+
+
+class _LazyParams(dict):
+    """A mapping whose values are the originals, but for ``items``, which makes them ready to be sent."""
+
+    def __init__(self, params: Mapping[str, torch.Tensor], items: Any) -> None:
+        super().__init__(params)
+        self._items = items
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._items()
