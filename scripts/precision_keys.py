@@ -70,6 +70,7 @@ NOT_PRECISION = {
     "critic.*micro_batch_size*": "batches of the critic: nothing of the rollout is compared with its values",
     "critic.*token_len_per_gpu": "batches of the critic: nothing of the rollout is compared with its values",
     "critic.model.lora.merge": "the critic's weights are not sent to a rollout",
+    "actor_rollout_ref.model.lora.merge": "merged or not, the rollout gets the trained weights in its dtype",
     "*precision_debugger.*": "settings of a profiler",
     "actor_rollout_ref.rollout.temperature": "in both sides' log-probs while logprobs_mode is processed_logprobs; "
     "warned of otherwise; one that float16 cannot divide by is refused",
@@ -106,7 +107,6 @@ DEFAULTS_IN_CODE = {
     "*.turbo_config.*": "read by an engine that is refused",
     "*.mixed_precision.reduce_dtype": "fp32 in FSDPEngine._build_fsdp_module",
     "*.mixed_precision.buffer_dtype": "fp32 in FSDPEngine._build_fsdp_module",
-    "*.lora.merge": "false in FSDPEngine.get_per_tensor_param",
     "*.qat.enable": "false where it is read",
     "algorithm.rollout_correction.bypass_mode": "false where it is read",
     "verl_fp16.critic_loss_scale.*": "the default of verl_fp16/settings.py",

@@ -138,6 +138,7 @@ CONTRADICTIONS = (
     (f"{ROLLOUT}.temperature=0.0009", "error", f"{ROLLOUT}.temperature", "65,504"),
     (f"{ROLLOUT}.checkpoint_engine.backend=mooncake", "error", f"{ROLLOUT}.checkpoint_engine.backend", "bfloat16"),
     (f"{ROLLOUT}.checkpoint_engine.backend=mine", "warning", f"{ROLLOUT}.checkpoint_engine.backend", "not know"),
+    (f"{MODEL}.lora_rank=8", "error", "actor_rollout_ref.actor.strategy", "finds no adapters"),
     (f"{MODEL}.lora.dtype=fp16", "error", f"{MODEL}.lora.dtype", "Megatron"),
     (f"{MODEL}.override_config.torch_dtype=fp16", "error", f"{MODEL}.override_config.torch_dtype", "from here"),
     (f"{MODEL}.use_liger=true", "warning", f"{MODEL}.use_liger", "training only"),

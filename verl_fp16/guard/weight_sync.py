@@ -48,4 +48,15 @@ def merged_lora(case: Case) -> Iterator[Finding]:
         yield Finding("error", key, value, why, (f"{key}=false",), "or use verl 0.9.0 or newer")
 
 
-RULES = (backend, merged_lora)
+def adapters_of_fsdp1(case: Case) -> Iterator[Finding]:
+    """On FSDP1 ``collect_lora_params`` of verl 0.8.0-0.9.1 finds no adapter: names in flat parameters have none."""
+    rank = case.get("actor_rollout_ref.model.lora_rank", 0)
+    key = "actor_rollout_ref.actor.strategy"
+    merged = case.get("actor_rollout_ref.model.lora.merge", False)
+    if case.get(key, None) == "fsdp" and isinstance(rank, int) and rank > 0 and not merged:
+        why = "verl finds no adapters in an FSDP1 module: the rollout would run the base model"
+        fix = tuple(f"actor_rollout_ref.{role}.strategy=fsdp2" for role in ("actor", "ref"))
+        yield Finding("error", key, "fsdp", why, fix, "or actor_rollout_ref.model.lora.merge=true")
+
+
+RULES = (backend, merged_lora, adapters_of_fsdp1)
