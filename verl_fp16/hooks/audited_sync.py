@@ -100,7 +100,7 @@ class AuditedSync:
         try:
             cast.check(counts)
         except WeightOverflow as error:
-            return [str(error)]
+            return [f"{error} (the setting is verl_fp16.sync.on_overflow)"]
         return []
 
     def _probe_actor(self) -> dict[str, list] | None:

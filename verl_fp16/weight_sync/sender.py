@@ -109,11 +109,15 @@ class WeightSender:
             if isinstance(param, DTensor):
                 param = param.to(device, non_blocking=True)
                 yield name, self._gathered(name, param, this)
+            elif self._is_wide(name):
+                yield name, param
             else:
                 image = self._cast(name, param, rank_and_world_size()[0] == 0, this)
                 yield name, image if self._goes_narrow(name) else param
 
     def _gathered(self, name: str, param: DTensor, this: _Round) -> torch.Tensor:
+        if self._is_wide(name):
+            return param.full_tensor()
         image = self._cast(name, param.to_local(), _is_first_copy(param), this)
         if not self._goes_narrow(name):
             return param.full_tensor()
@@ -125,6 +129,10 @@ class WeightSender:
         if mine:
             self._samples.take(name, tensor)
         return (this.counted if mine else this.copies)(name, tensor)
+
+    def _is_wide(self, name: str) -> bool:
+        """Whether it is known to be held in another dtype: then the cast to the rollout's says nothing of it."""
+        return self._narrow is not None and not self._goes_narrow(name)
 
     def _goes_narrow(self, name: str) -> bool:
         if self._narrow is None:
