@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from held import check_rollout_holds_masters, train_with_dumps
 from releases import PATCHED
 from shared_memory import left_shared_memory
 from trainer import Run, train
@@ -70,7 +71,7 @@ def check_clean(run: Run) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tiny_model: Path, tmp_path_factory) -> Run:
     """FSDP2 on two ranks, reference policy with KL, validation, a checkpoint: one run for several tests."""
-    return train(
+    return train_with_dumps(
         tmp_path_factory.mktemp("two-ranks"),
         tiny_model,
         *TWO_RANKS,
@@ -88,6 +89,10 @@ def test_fsdp2_two_ranks_reference_validation(two_ranks):
         check_gap(step)
         assert math.isfinite(step["actor/kl_loss"])
     assert any(name.startswith("val-core/") for name in two_ranks.step(0))
+
+
+def test_both_rollouts_hold_the_masters(two_ranks):
+    check_rollout_holds_masters(two_ranks, ranks=2)
 
 
 def test_checkpoint_has_every_rank(two_ranks):
@@ -224,8 +229,10 @@ def test_fsdp1_with_critic_and_reference_on_a_verl_patched_in_its_source(tiny_mo
 
 
 def test_lora(tiny_model, tmp_path):
-    run = train(tmp_path, tiny_model, "actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
+    lora = ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16")
+    run = train_with_dumps(tmp_path, tiny_model, *lora)
     check_nothing_left(run)
+    check_rollout_holds_masters(run, ranks=1, lora_scaling=2.0)
     check_read_back(run, "actor", ranks=1, kind="FSDP2")
     for number in (1, 2):
         check_fp16_step(run.step(number))

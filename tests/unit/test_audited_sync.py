@@ -79,6 +79,8 @@ def run(monkeypatch):
     monkeypatch.setattr(audited_sync, "_answers", lambda calls: calls)
     monkeypatch.setattr(audited_sync, "tell", told.append)
     monkeypatch.setattr(audited_sync, "_pending", {})
+    monkeypatch.setattr(audited_sync, "_deferred", [])
+    monkeypatch.setattr(audited_sync, "read_back_done", True)
     probe = {"tokens": [1, 2, 3], "log_probs": [-1.0, -2.0]}
     monkeypatch.setattr(audited_sync, "_probe", lambda actor: probe)
     return build(told)
@@ -197,3 +199,20 @@ def test_a_rollout_without_our_methods_is_named(run):
     run.sync._manager.replicas = [SimpleNamespace(replica_rank=3, servers=[SimpleNamespace()])]
     with pytest.raises(WeightSyncError, match="rollout replica 3 has no method verl_fp16_begin_audit"):
         run.sync.before()
+
+
+def test_what_is_wrong_before_the_read_back_is_told_after_it(run, monkeypatch):
+    monkeypatch.setattr(audited_sync, "read_back_done", False)
+    run.rollout.probe = lambda tokens: [-3.0, -4.0]
+    assert sync(run) == {}
+    with pytest.raises(WeightSyncError, match="computes with others"):
+        audited_sync.raise_deferred()
+    audited_sync.raise_deferred()
+
+
+def test_and_at_the_next_sync_at_the_latest(run, monkeypatch):
+    monkeypatch.setattr(audited_sync, "read_back_done", False)
+    run.sync._manager.replicas = [SimpleNamespace(replica_rank=3, servers=[SimpleNamespace()])]
+    assert sync(run).keys() == set()
+    with pytest.raises(WeightSyncError, match="rollout replica 3 has no method"):
+        sync(run)

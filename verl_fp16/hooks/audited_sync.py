@@ -14,6 +14,11 @@ from verl_fp16.weight_sync.rank_calls import KEEP
 # Answers come from processes that have just finished a sync, or are idle.
 _TIMEOUT_S = 600.0
 
+# Whether the trainer of this process has compared what runs with what was declared. verl's v1 trainer syncs once before
+# that, and what is wrong with a process is told more clearly by the read-back than by what follows from it.
+read_back_done = False
+_deferred: list[WeightSyncError] = []
+
 # What the syncs since the last logged training step have to tell, in this process.
 _pending: dict[str, float] = {}
 
@@ -39,8 +44,17 @@ class AuditedSync:
         """Get ranks and workers ready.
 
         Raises:
-            WeightSyncError: a process cannot be asked.
+            WeightSyncError: a process cannot be asked, or what :meth:`after` put off.
         """
+        raise_deferred()
+        try:
+            self._prepare()
+        except WeightSyncError as error:
+            self._auditing = False
+            self._raise_or_defer(error)
+        self._began = time.perf_counter()
+
+    def _prepare(self) -> None:
         interval = self._settings["audit_interval"] if self._settings else 0
         self._auditing = self._syncs == 0 or bool(interval) and self._syncs % interval == 0
         prepared = self._ask_ranks(_prepare(self._learned, self._auditing))
@@ -51,18 +65,30 @@ class AuditedSync:
         if self._auditing:
             self._ask_servers("verl_fp16_begin_audit")
             self._probe = self._probe_actor()
-        self._began = time.perf_counter()
 
     def after(self) -> dict[str, float]:
         """Hold what the sync did against what it should have done; returns its metrics.
 
         Raises:
-            WeightSyncError: the rollout does not hold, or compute with, what was trained; before it rolls out.
+            WeightSyncError: the rollout does not hold, or compute with, what was trained; before it rolls out. Of the
+                sync before the read-back it is put off until after that, or until the next sync.
         """
         seconds = time.perf_counter() - self._began
         if self._settings is None:
             return {}
         self._syncs += 1
+        try:
+            return self._judge(seconds)
+        except WeightSyncError as error:
+            self._raise_or_defer(error)
+            return {}
+
+    def _raise_or_defer(self, error: WeightSyncError) -> None:
+        if self._syncs > 1 or read_back_done:
+            raise error
+        _deferred.append(error)
+
+    def _judge(self, seconds: float) -> dict[str, float]:
         senders = self._ask_ranks(_report)
         found = audit.metrics(senders, seconds)
         receivers: list = []
@@ -195,6 +221,12 @@ def _probe(actor: Any) -> Any:
     from verl_fp16.weight_sync.rank_calls import probe_actor
 
     return actor.__ray_call__.remote(probe_actor)
+
+
+def raise_deferred() -> None:
+    """Raise what was found in a sync before the read-back."""
+    if _deferred:
+        raise _deferred.pop()
 
 
 def _add(found: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from verl_fp16 import plugin
-from verl_fp16.hooks.audited_sync import add_sync_metrics
+from verl_fp16.hooks import audited_sync
 from verl_fp16.hooks.driver import is_flag_given, read_settings
 from verl_fp16.hooks.stuck_scale import stop_when_stuck
 from verl_fp16.telling import tell
@@ -21,7 +21,7 @@ from verl_fp16.training_step import StepRecord, forget, notify_observers, observ
 # In the metrics of every training step, in all of verl's trainers, and not in those of the initial validation.
 STEP_KEY = "training/global_step"
 
-_OBSERVERS = (add_sync_metrics, stop_when_stuck)
+_OBSERVERS = (audited_sync.add_sync_metrics, stop_when_stuck)
 
 # The trainer whose fit() is running in this process.
 _trainer: Any = None
@@ -50,13 +50,15 @@ def _fitting(trainer: Any) -> Iterator[None]:
         yield
         return
     check_what_runs(trainer)
+    audited_sync.read_back_done = True
+    audited_sync.raise_deferred()
     _trainer = trainer
     for observer in _OBSERVERS:
         observe(observer)
     try:
         yield
     finally:
-        _trainer = None
+        _trainer, audited_sync.read_back_done = None, False
         for observer in _OBSERVERS:
             forget(observer)
 
