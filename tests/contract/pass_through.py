@@ -82,7 +82,9 @@ def _call(hook: Hook, true: Callable[..., Any], body: Callable[..., Any], args: 
         async def fake(*args: Any, **kwargs: Any) -> Any:
             return body(*args, **kwargs)
 
-        return asyncio.run(import_object(hook.wrapper)(fake)(*args, **kwargs))
+        result = import_object(hook.wrapper)(fake)(*args, **kwargs)
+        # What verl decorates with its auto_await has run to its end where no loop is running.
+        return asyncio.run(result) if inspect.iscoroutine(result) else result
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         return body(*args, **kwargs)

@@ -58,3 +58,13 @@ def test_a_run_with_a_fault_in_its_sync_stops_before_it_rolls_out(fault, tiny_mo
     assert FAULTS[fault] in said
     others = [wanted for name, wanted in FAULTS.items() if name != fault]
     assert not any(wanted in run.log for wanted in others)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_workers_hold_their_slices(tiny_model, tmp_path):
+    """One key/value head on two workers, which both hold it; all other weights are sliced."""
+    tensor_parallel = "actor_rollout_ref.rollout.tensor_model_parallel_size=2"
+    run = train(tmp_path, tiny_model, *TWO_RANKS, tensor_parallel, "verl_fp16.sync.audit_interval=1")
+    check_nothing_left(run)
+    assert "held as sent by 2 workers" in run.log
+    assert run.step(1)["sync/audit_ok"] == run.step(2)["sync/audit_ok"] == 1.0

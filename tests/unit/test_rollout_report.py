@@ -40,27 +40,30 @@ def test_a_worker_says_what_its_live_tensors_are(worker):
 
 
 def test_the_workers_method_answers_in_text_and_is_taken_out_again(worker):
-    module = SimpleNamespace(vLLMColocateWorkerExtension=type("Extension", (), {}))
+    loads = {"_update_weights": lambda self, weights, peft_config, base_sync_done: weights}
+    module = SimpleNamespace(vLLMColocateWorkerExtension=type("Extension", (), dict(loads)))
     undo = rollout.worker_answers(module)
     text = module.vLLMColocateWorkerExtension.verl_fp16_report(worker)
     assert json.loads(text)["roles"]["rollout"]["model_dtype"] == "float16"
     undo()
-    assert not hasattr(module.vLLMColocateWorkerExtension, "verl_fp16_report")
+    assert not [name for name in vars(module.vLLMColocateWorkerExtension) if name.startswith("verl_fp16")]
+    assert module.vLLMColocateWorkerExtension._update_weights is loads["_update_weights"]
 
 
 class Engine:
     """vLLM's AsyncLLM, as far as it is used: ``collective_rpc`` returns the first shard's answers."""
 
-    def __init__(self, shards: int):
+    def __init__(self, shards: int, method: str = "verl_fp16_report"):
+        self.method = method
         self.engine_core = self
         self.core_engines = [f"shard{i}" for i in range(shards)]
 
     async def _call_utility_async(self, method, name, timeout, args, kwargs, *, engine):
-        assert (method, name, args, kwargs) == ("collective_rpc", "verl_fp16_report", (), None)
-        return [json.dumps({"shard": engine, "rank": rank}) for rank in (0, 1)]
+        assert (method, name, kwargs) == ("collective_rpc", self.method, None)
+        return [json.dumps({"shard": engine, "rank": rank, "args": args}) for rank in (0, 1)]
 
-    async def collective_rpc(self, name):
-        return await self._call_utility_async("collective_rpc", name, None, (), None, engine=self.core_engines[0])
+    async def collective_rpc(self, name, args=()):
+        return await self._call_utility_async("collective_rpc", name, None, args, None, engine=self.core_engines[0])
 
 
 @pytest.mark.parametrize("shards", (1, 3))
@@ -69,6 +72,34 @@ def test_every_worker_of_every_shard_is_asked(shards):
     assert [(report["shard"], report["rank"]) for report in said] == [
         (f"shard{shard}", rank) for shard in range(shards) for rank in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("shards", (1, 3))
+def test_arguments_reach_every_worker(shards):
+    said = asyncio.run(rollout.ask_workers(Engine(shards, "verl_fp16_end_audit"), "verl_fp16_end_audit", "float16"))
+    assert [report["args"] for report in said] == [["float16"]] * 2 * shards
+
+
+def test_a_worker_outside_of_an_audit_loads_as_it_did():
+    module = SimpleNamespace(vLLMColocateWorkerExtension=type("Extension", (), {"_update_weights": lambda self, w: w}))
+    rollout.worker_answers(module)
+    weights = [("a", object())]
+    assert module.vLLMColocateWorkerExtension()._update_weights(weights) is weights
+
+
+def test_the_probe_is_cut_to_the_context_and_leaves_out_verls_dummy():
+    module = SimpleNamespace(vLLMHttpServer=type("vLLMHttpServer", (), {}))
+    rollout.server_answers(module)
+    server = module.vLLMHttpServer()
+    server.config = SimpleNamespace(max_model_len=4)
+
+    async def generate(prompt_ids, sampling_params, request_id):
+        assert sampling_params == {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0.0}
+        assert request_id.startswith("verl_fp16-")
+        return SimpleNamespace(extra_fields={"prompt_logprobs": [[-float(i)] for i in prompt_ids[1:]] + [[0.0]]})
+
+    server.generate = generate
+    assert asyncio.run(server.verl_fp16_probe([5, 6, 7, 8, 9])) == [-6.0, -7.0]
 
 
 def test_a_server_without_an_engine_answers_for_itself_alone(monkeypatch):

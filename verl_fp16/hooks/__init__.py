@@ -183,17 +183,6 @@ HOOKS: tuple[Hook, ...] = (
         until="never: it is ours",
     ),
     Hook(
-        name="rollout.arrival",
-        target=Target(
-            "verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension._update_weights",
-            ("weights", "peft_config", "base_sync_done"),
-        ),
-        wrapper="verl_fp16.hooks.rollout:note_arrival",
-        why="as sync.audit",
-        how="on audited syncs, digests what arrived and follows where vLLM's loaders copy it",
-        until="never: it is ours",
-    ),
-    Hook(
         name="metrics.log_prob_gap",
         target=Target("verl.utils.debug.metrics:calculate_debug_metrics", ("data",)),
         wrapper="verl_fp16.hooks.metrics:add_log_prob_gap",
@@ -274,7 +263,16 @@ HOOKS: tuple[Hook, ...] = (
         target=Target("verl.workers.rollout.vllm_rollout.utils"),
         wrapper="verl_fp16.hooks.rollout:worker_answers",
         why="a vLLM worker's precision and weights can be read in its own process only",
-        how="adds methods to the class that vLLM mixes into its worker",
+        how=(
+            "adds methods to the class that vLLM mixes into its worker; on audited syncs, digests what arrived and "
+            "follows where vLLM's loaders copy it"
+        ),
+        relies_on=(
+            Target(
+                "verl.workers.rollout.vllm_rollout.utils:vLLMColocateWorkerExtension._update_weights",
+                ("weights", "peft_config", "base_sync_done"),
+            ),
+        ),
         until="never: it is ours",
     ),
     Hook(

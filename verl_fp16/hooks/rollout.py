@@ -19,7 +19,10 @@ BEGIN_AUDIT, END_AUDIT = "verl_fp16_begin_audit", "verl_fp16_end_audit"
 
 
 def worker_answers(module: ModuleType) -> Callable[[], None]:
-    """Give the class that vLLM mixes into its worker methods that say what the worker runs and holds."""
+    """Give the class that vLLM mixes into its worker methods that say what the worker runs and holds.
+
+    A wrap of ``_update_weights`` comes with them, and not from a hook of its own: the module is there only beside vLLM.
+    """
 
     def verl_fp16_report(self: Any) -> str:
         from verl_fp16.readback.rank import report_rollout_worker
@@ -38,12 +41,22 @@ def worker_answers(module: ModuleType) -> Callable[[], None]:
         receiver = self.__dict__.pop("_verl_fp16_receiver")
         return json.dumps({"rank": int(self.rank), **receiver.report(getattr(torch, dtype))})
 
-    return _add_methods(
-        module.vLLMColocateWorkerExtension, verl_fp16_report, verl_fp16_begin_audit, verl_fp16_end_audit
-    )
+    owner = module.vLLMColocateWorkerExtension
+    take_methods_out = _add_methods(owner, verl_fp16_report, verl_fp16_begin_audit, verl_fp16_end_audit)
+    original = owner._update_weights
+    owner._update_weights = note_arrival(original)
+
+    def undo() -> None:
+        owner._update_weights = original
+        take_methods_out()
+
+    return undo
 
 
 def note_arrival(original: Callable[..., None]) -> Callable[..., None]:
+    """On audited syncs, have a receiver digest what arrived and watch it being loaded."""
+
+    @functools.wraps(original)
     def _update_weights(self: Any, weights: Any, *args: Any, **kwargs: Any) -> None:
         receiver = getattr(self, "_verl_fp16_receiver", None)
         if receiver is None:
