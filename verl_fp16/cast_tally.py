@@ -146,7 +146,7 @@ def _tally_rows(source: torch.Tensor, image: torch.Tensor, clamp: bool, room: to
         found = _count_now(source[rows], picked, clamp)
         overflow, non_finite = overflow + found.overflow, non_finite + found.non_finite
         max_abs = max(max_abs, found.max_abs)
-        if clamp:
+        if clamp and image.dtype != source.dtype:
             image[rows] = picked
     peak = highs.masked_fill_(bad, -1).amax()
     for rows in _where((highs == peak) & ~bad):
