@@ -13,7 +13,7 @@ import torch
 
 from verl_fp16.cast_tally import DTYPES, CastCounts, counts_from, empty_image, scratch, tally_on_cpu, tally_on_device
 
-__all__ = ["OVERFLOW_POLICIES", "CastCounts", "CheckedCast", "WeightOverflow", "overflow_message"]
+__all__ = ["OVERFLOW_POLICIES", "CastCounts", "CheckedCast", "WeightOverflow", "non_finite_message", "overflow_message"]
 
 OVERFLOW_POLICIES = ("error", "clamp", "ignore")
 """What becomes of finite values beyond the range: ``error`` and ``ignore`` leave them infinite (and
@@ -110,7 +110,7 @@ class CheckedCast:
             return
         counts = self.counts() if counts is None else counts
         messages = [overflow_message(counts, self.dtype) if self.on_overflow == "error" else ""]
-        messages.append(_non_finite_message(counts))
+        messages.append(non_finite_message(counts))
         if any(messages):
             raise WeightOverflow("\n".join(filter(None, messages)))
 
@@ -139,7 +139,8 @@ def overflow_message(counts: Mapping[str, CastCounts], dtype: torch.dtype) -> st
     return _message(sum(c.overflow for c in found.values()), fault, told, ways)
 
 
-def _non_finite_message(counts: Mapping[str, CastCounts]) -> str:
+def non_finite_message(counts: Mapping[str, CastCounts]) -> str:
+    """What to tell of values that were inf or nan before the cast; "" without any."""
     found = {name: c for name, c in counts.items() if c.non_finite}
     order = sorted(found, key=lambda name: found[name].non_finite, reverse=True)
     told = [f"{name} ({found[name].non_finite:,} of {found[name].values:,})" for name in order]

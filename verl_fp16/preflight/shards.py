@@ -1,0 +1,241 @@
+"""Finding a model's safetensors and reading them in pieces of a bounded size."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+PIECE = 2**19
+"""Elements that are read at once: with larger pieces, new memory for the temporaries costs more than the arithmetic."""
+
+INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
+_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
+_MASKS = ("bias", "masked_bias", "mask")  # GPT-2 keeps its causal mask as bytes, under the first of these names
+_LFS = b"version https://git-lfs"
+
+
+class ModelError(ValueError):
+    """What was named cannot be judged: the message names the file, and what to do."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a shard's header has it.
+
+    Args:
+        dtype: in the words of safetensors, such as BF16.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def values(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.values * _BYTES.get(self.dtype, 8)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's weights, and what of its files is none.
+
+    Args:
+        weights: the floating tensors, file by file, in their order in the file.
+        skipped: tensors of integers or bools, such as position ids.
+        model_type: the architecture, as ``config.json`` says it; None without that file.
+    """
+
+    path: Path
+    weights: tuple[StoredTensor, ...]
+    skipped: tuple[StoredTensor, ...]
+    model_type: str | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights in their files."""
+        return sum(tensor.size for tensor in self.weights)
+
+
+def open_model(path: Path) -> Model:
+    """Read the headers of a model's shards.
+
+    Args:
+        path: a model folder, or one file of safetensors, beside which a ``config.json`` may lie.
+
+    Raises:
+        ModelError: it is no model, is incomplete or damaged, or is quantized.
+    """
+    if not path.exists():
+        raise ModelError(
+            f"{path}: there is no such file or folder. A model of the Hugging Face hub has to be downloaded first: "
+            f"hf download {path} --local-dir FOLDER"
+        )
+    folder = path if path.is_dir() else path.parent
+    config = _config(folder / CONFIG)
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
+        raise ModelError(
+            f"{folder / CONFIG}: the model is quantized ({method}), and FP16 does not act on quantized weights. "
+            "Name the model that it was quantized from"
+        )
+    tensors = _headers(path)
+    for tensor in tensors:
+        _refuse_quantized(tensor)
+    weights = tuple(tensor for tensor in tensors if tensor.dtype in WEIGHT_DTYPES)
+    if not sum(tensor.values for tensor in weights):
+        raise ModelError(f"{path}: there is no weight in it. Name a model that has been trained, or save it again")
+    skipped = tuple(tensor for tensor in tensors if tensor.dtype not in WEIGHT_DTYPES)
+    model_type = config.get("model_type")
+    return Model(path, weights, skipped, model_type if isinstance(model_type, str) else None)
+
+
+def read(model: Model, piece: int = PIECE) -> Iterator[tuple[StoredTensor, Iterator[torch.Tensor]]]:
+    """Each weight with its values, in pieces of at most ``piece`` elements; these are to be used up one by one.
+
+    Raises:
+        ModelError: a file has become unreadable since :func:`open_model`.
+    """
+    for file in dict.fromkeys(tensor.file for tensor in model.weights):
+        with _opened(file) as shard:
+            for tensor in model.weights:
+                if tensor.file == file:
+                    yield tensor, _pieces(shard, tensor, piece)
+
+
+def _pieces(shard: Any, tensor: StoredTensor, piece: int) -> Iterator[torch.Tensor]:
+    if not tensor.shape:
+        yield shard.get_tensor(tensor.name)
+        return
+    stored = shard.get_slice(tensor.name)
+    for place in slices(tensor.shape, piece):
+        yield stored[place]
+
+
+def slices(shape: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:
+    """Boxes of at most ``most`` elements that make up a tensor of ``shape``, which has at least one dimension."""
+    if math.prod(shape) == 0:
+        return
+    rest = math.prod(shape[1:])
+    step = max(1, most // rest)
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        if rest <= most:
+            yield (rows,)
+        else:
+            yield from ((rows, *inner) for inner in slices(shape[1:], most))
+
+
+def _headers(path: Path) -> list[StoredTensor]:
+    """The tensors of all shards; each is in one of them."""
+    if path.is_file():
+        return _header(path)
+    if (path / INDEX).is_file():
+        return _indexed(path / INDEX)
+    files = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise _no_safetensors(path)
+    found: dict[str, StoredTensor] = {}
+    for tensor in (tensor for file in files for tensor in _header(file)):
+        other = found.setdefault(tensor.name, tensor)
+        if other is not tensor:
+            raise ModelError(
+                f"{path}: {tensor.name} is both in {other.file.name} and in {tensor.file.name}, and no {INDEX} says "
+                "which counts. Name one of the files, or remove what is not the model's"
+            )
+    return list(found.values())
+
+
+def _indexed(index: Path) -> list[StoredTensor]:
+    places = _json(index).get("weight_map")
+    again = "Download the model again"
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ModelError(f"{index}: there is no weight_map in it, which says where each tensor is. {again}")
+    files = {name: index.parent / name for name in sorted(set(places.values()))}
+    if missing := [name for name, file in files.items() if not file.is_file()]:
+        more = f" (and {len(missing) - 1} more of {len(files)})" if len(missing) > 1 else ""
+        raise ModelError(f"{index}: it names {missing[0]}{more}, which is not there. {again}: the shard is missing")
+    found = {name: _header(file) for name, file in files.items()}
+    held = {name: {tensor.name for tensor in tensors} for name, tensors in found.items()}
+    for tensor, name in places.items():
+        if tensor not in held[name]:
+            raise ModelError(
+                f"{index}: it says that {tensor} is in {name}, where it is not. {again}: index and shards do not "
+                "belong together"
+            )
+    # A tensor that the index does not know is read as well: so do vLLM and transformers.
+    return [t for name, tensors in found.items() for t in tensors if places.get(t.name, name) == name]
+
+
+def _header(file: Path) -> list[StoredTensor]:
+    with _opened(file) as shard:
+        names = shard.offset_keys() if hasattr(shard, "offset_keys") else shard.keys()
+        stored = [(name, shard.get_slice(name)) for name in names]
+        return [StoredTensor(name, file, piece.get_dtype(), tuple(piece.get_shape())) for name, piece in stored]
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        with open(file, "rb") as opened:
+            is_pointer = opened.read(len(_LFS)) == _LFS
+        if is_pointer:
+            raise ModelError(f"{file}: this is a pointer of Git LFS and no model. Run: git lfs pull") from None
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ModelError(
+            f"{file}: safetensors cannot read it ({reason}): truncated, damaged, or of another format. "
+            "Download or save it again"
+        ) from None
+
+
+def _refuse_quantized(tensor: StoredTensor) -> None:
+    if tensor.dtype in WEIGHT_DTYPES:
+        return
+    last = tensor.name.rpartition(".")[2]
+    packed = "weight" in last or (tensor.dtype in ("U8", "I8") and len(tensor.shape) > 1 and last not in _MASKS)
+    if tensor.dtype not in _INTEGERS or packed:
+        raise ModelError(
+            f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}: the model is quantized, and FP16 does not act "
+            "on quantized weights. Name the model that it was quantized from"
+        )
+
+
+def _no_safetensors(folder: Path) -> ModelError:
+    if any(folder.glob("pytorch_model*.bin*")):
+        return ModelError(
+            f'{folder}: its weights are pytorch_model.bin and no safetensors. Convert them: python -c "from '
+            f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"
+            f".save_pretrained('{folder}-safetensors')\""
+        )
+    there = f"has a {CONFIG} and no weights" if (folder / CONFIG).is_file() else f"has no {CONFIG} and no safetensors"
+    return ModelError(f"{folder}: it is no model: it {there}. Name a Hugging Face model folder or a .safetensors file")
+
+
+def _config(file: Path) -> dict[str, Any]:
+    return _json(file) if file.is_file() else {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: it is not readable as JSON ({error}). Repair it or download it again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: it is JSON but no object. Repair it or download it again")
+    return content
