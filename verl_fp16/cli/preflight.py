@@ -1,0 +1,213 @@
+"""``verl-fp16 preflight``: what FP16 would do to a model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from verl_fp16.cli.output import WRONG_INPUT, fail, print_table
+
+if TYPE_CHECKING:
+    from verl_fp16.preflight.shards import Model
+    from verl_fp16.preflight.verdict import Verdict
+    from verl_fp16.preflight.weights import TensorReport
+    from verl_fp16.weight_cast import CastCounts
+
+CANNOT_TELL, INTERRUPTED = 3, 130
+WORST = 20
+_COLOURS = {"FIT": "green", "AT RISK": "yellow", "UNFIT": "red"}
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Command(TyperCommand):
+    """2 is a verdict here: an unknown option is no UNFIT model."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "exit_code", None) == WRONG_INPUT:
+                error.exit_code = CANNOT_TELL
+            raise
+
+
+def register(app: typer.Typer) -> None:
+    app.command("preflight", cls=_Command)(preflight)
+
+
+def preflight(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A Hugging Face model folder, or a .safetensors file.")
+    ],
+    every: Annotated[bool, typer.Option("--all", help=f"Show every tensor, not the {WORST} worst.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Tell what FP16 would do to a model's weights: exit code 0 if it is FIT, 1 if AT RISK, 2 if UNFIT, 3 on an error.
+
+    The files are read piece by piece; memory does not grow with the model.
+
+    Example: verl-fp16 preflight ~/models/Qwen3-0.6B
+    """
+    try:
+        _preflight(model, every, as_json)
+    except KeyboardInterrupt:
+        raise fail("interrupted; there is no verdict", code=INTERRUPTED) from None
+
+
+def _preflight(path: Path, every: bool, as_json: bool) -> None:
+    try:
+        from verl_fp16.guard.model import refused_in_float16
+        from verl_fp16.preflight.shards import WEIGHT_DTYPES, ModelError, open_model, read
+        from verl_fp16.preflight.verdict import judge
+        from verl_fp16.preflight.weights import examine, one_thread
+    except ImportError as error:
+        raise fail(f"{error}: torch and safetensors are needed to read a model", code=CANNOT_TELL) from None
+
+    started = time.monotonic()
+    try:
+        model = open_model(path)
+        with one_thread(), _progress(model) as advance:
+            reports = []
+            for tensor, pieces in read(model):
+                dtype = WEIGHT_DTYPES[tensor.dtype]
+                reports.append(examine(tensor.name, tensor.shape, dtype, _counted(pieces, advance)))
+    except ModelError as error:
+        raise fail(error, code=CANNOT_TELL) from None
+    verdict = judge(reports, model.model_type, refused_in_float16())
+    if as_json:
+        typer.echo(_as_json(model, reports, verdict))
+    else:
+        _show(model, reports, verdict, every, time.monotonic() - started)
+    raise typer.Exit(verdict.exit_code)
+
+
+def _counted(pieces: Iterator[Any], advance: Callable[[int], None]) -> Iterator[Any]:
+    for piece in pieces:
+        yield piece
+        advance(piece.nbytes)
+
+
+@contextlib.contextmanager
+def _progress(model: Model) -> Iterator[Callable[[int], None]]:
+    """Show on stderr what is read and how long the rest takes: a bar on a terminal, a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _Lines(model.size)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=model.size)
+        yield lambda size: progress.update(task, advance=size)
+
+
+class _Lines:
+    """A line at the start, and one about every ten seconds."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._started = self._told = time.monotonic()
+        typer.echo(f"verl-fp16: reading {_size(total)}", err=True)
+
+    def __call__(self, size: int) -> None:
+        self._done += size
+        now = time.monotonic()
+        if now - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = now
+            left = (now - self._started) / self._done * (self._total - self._done)
+            typer.echo(f"verl-fp16: {self._done / self._total:.0%} read, about {left:.0f} s left", err=True)
+
+
+def _as_json(model: Model, reports: list[TensorReport], verdict: Verdict) -> str:
+    found = {
+        "verdict": verdict.verdict,
+        "reasons": [dataclasses.asdict(reason) for reason in verdict.reasons],
+        "model": str(model.path),
+        "model_type": model.model_type,
+        "total": dataclasses.asdict(_total(reports)),
+        "tensors": [dataclasses.asdict(report) for report in reports],
+        "skipped": [{"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype} for tensor in model.skipped],
+    }
+    return json.dumps(found, indent=2)
+
+
+def _total(reports: list[TensorReport]) -> CastCounts:
+    from verl_fp16.weight_cast import CastCounts
+
+    return sum((report.counts for report in reports), CastCounts())
+
+
+def _show(model: Model, reports: list[TensorReport], verdict: Verdict, every: bool, seconds: float) -> None:
+    from verl_fp16.preflight.verdict import by_severity
+
+    shown = by_severity(reports)[: None if every else WORST]
+    columns, rows = _columns([_cells(report) for report in shown])
+    print_table(columns, rows)
+    total = _total(reports)
+    rest = f"; shown are the {len(shown)} worst, --all shows every one" if len(shown) < len(reports) else ""
+    typer.echo(f"{len(reports):,} tensors, {total.values:,} weights, {_size(model.size)} in {seconds:.1f} s{rest}")
+    typer.echo(
+        f"in FP16 {total.overflow:,} overflow, {total.non_finite:,} were inf or nan before, "
+        f"{_part(total.flushed, total)} become zero, {_part(total.subnormal, total)} subnormal; "
+        f"largest |w| {total.max_abs:.4g}"
+    )
+    typer.echo("errors are of rounding, relative to the weights, root mean square; none where that dtype is stored")
+    if model.skipped:
+        named = ", ".join(f"{tensor.name} ({tensor.dtype})" for tensor in model.skipped[:5])
+        more = f" and {len(model.skipped) - 5} more" if len(model.skipped) > 5 else ""
+        typer.echo(f"skipped, being no weights: {named}{more}")
+    typer.secho(f"{verdict.verdict} for FP16, as far as its weights tell", fg=_COLOURS[verdict.verdict], bold=True)
+    for number, reason in enumerate(verdict.reasons, 1):
+        typer.echo(f"{number}. {reason.verdict}: {reason.why}")
+
+
+def _cells(report: TensorReport) -> dict[str, str]:
+    counts = report.counts
+    errors = {"FP16 error": ("float16", report.fp16_error), "BF16 error": ("bfloat16", report.bf16_error)}
+    return {
+        "tensor": report.name,
+        "shape": "x".join(map(str, report.shape)) or "scalar",
+        "stored": _SHORT[report.dtype],
+        "max |w|": f"{counts.max_abs:.4g}",
+        "overflow": f"{counts.overflow:,}",
+        "inf, nan": f"{counts.non_finite:,}",
+        "to zero": _share(counts.flushed, counts.values),
+        "subnormal": _share(counts.subnormal, counts.values),
+        # What is stored in a dtype has no error in it.
+        **{name: "stored" if report.dtype == dtype else _error(value) for name, (dtype, value) in errors.items()},
+    }
+
+
+def _columns(rows: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """The rows as :func:`print_table` takes them; a terminal, being narrow, gets no column of zeros."""
+    names = list(rows[0])
+    if sys.stdout.isatty():
+        names = [name for name in names if any(row[name] != "0" for row in rows)]
+    return names, [[row[name] for name in names] for row in rows]
+
+
+def _error(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2g}" if part else "0"
+
+
+def _part(part: int, total: CastCounts) -> str:
+    return f"{part:,} ({part / total.values:.2g})" if part else "0"
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
