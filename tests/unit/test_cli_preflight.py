@@ -110,15 +110,26 @@ def test_the_worst_are_shown_and_all_on_demand(tmp_path):
     assert "shown are" not in every
 
 
-def test_a_terminal_gets_a_table_without_columns_of_zeros(monkeypatch):
-    rows = [{"tensor": "a", "overflow": "0", "to zero": "0.1"}, {"tensor": "b", "overflow": "0", "to zero": "0"}]
+@pytest.mark.parametrize(
+    ("terminal", "width", "names"),
+    (
+        (True, 200, ["tensor", "shape", "max |w|", "to zero"]),
+        (True, 40, ["tensor", "max |w|", "to zero"]),
+        (True, 20, ["tensor", "max |w|"]),
+        (False, 20, ["tensor", "shape", "max |w|", "overflow", "to zero"]),
+    ),
+)
+def test_a_terminal_gets_no_column_of_zeros_and_none_that_it_has_no_room_for(terminal, width, names, monkeypatch):
+    rows = [
+        {"tensor": "a.weight", "shape": "1000x1000", "max |w|": "1", "overflow": "0", "to zero": "0.1"},
+        {"tensor": "b.weight", "shape": "1000x1000", "max |w|": "1", "overflow": "0", "to zero": "0"},
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr(command.sys, "stdout", SimpleNamespace(isatty=lambda: True))
-        on_a_terminal = command._columns(rows)
-        patch.setattr(command.sys, "stdout", SimpleNamespace(isatty=lambda: False))
-        elsewhere = command._columns(rows)
-    assert on_a_terminal == (["tensor", "to zero"], [["a", "0.1"], ["b", "0"]])
-    assert elsewhere[0] == ["tensor", "overflow", "to zero"]
+        patch.setenv("COLUMNS", str(width))
+        patch.setattr(command.sys, "stdout", SimpleNamespace(isatty=lambda: terminal))
+        columns, cells = command._columns(rows)
+    assert columns == names
+    assert cells == [[row[name] for name in names] for row in rows]
 
 
 def test_json_has_everything_and_comes_back(tmp_path):

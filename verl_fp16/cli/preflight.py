@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ CANNOT_TELL, INTERRUPTED = 3, 130
 WORST = 20
 _COLOURS = {"FIT": "green", "AT RISK": "yellow", "UNFIT": "red"}
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+_DISPENSABLE = ("shape", "BF16 error", "stored", "subnormal", "to zero")  # the first to go where it is narrow
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -162,6 +164,8 @@ def _show(model: Model, reports: list[TensorReport], verdict: Verdict, every: bo
         f"{_part(total.flushed, total)} become zero, {_part(total.subnormal, total)} subnormal; "
         f"largest |w| {total.max_abs:.4g}"
     )
+    if left_out := [name for name in _cells(shown[0]) if name not in columns and name in _DISPENSABLE]:
+        typer.echo(f"left out, being zero or for want of room: {', '.join(left_out)}; --json has everything")
     typer.echo("errors are of rounding, relative to the weights, root mean square; none where that dtype is stored")
     if model.skipped:
         named = ", ".join(f"{tensor.name} ({tensor.dtype})" for tensor in model.skipped[:5])
@@ -190,10 +194,14 @@ def _cells(report: TensorReport) -> dict[str, str]:
 
 
 def _columns(rows: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
-    """The rows as :func:`print_table` takes them; a terminal, being narrow, gets no column of zeros."""
+    """The rows for :func:`print_table`; a terminal gets no column of zeros, and none that it has no room for."""
     names = list(rows[0])
     if sys.stdout.isatty():
         names = [name for name in names if any(row[name] != "0" for row in rows)]
+        widths = {name: max(len(name), *(len(row[name]) for row in rows)) + 3 for name in names}
+        for name in _DISPENSABLE:
+            if name in names and sum(widths[other] for other in names) >= shutil.get_terminal_size().columns:
+                names.remove(name)
     return names, [[row[name] for name in names] for row in rows]
 
 

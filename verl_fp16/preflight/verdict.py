@@ -90,7 +90,7 @@ def flushed_share(report: TensorReport) -> float:
 
 def _large(reports: Sequence[TensorReport]) -> str:
     return _risk(
-        [r for r in reports if LARGEST / ROOM < r.counts.max_abs],
+        [r for r in reports if LARGEST / ROOM < r.counts.max_abs and not r.counts.overflow],
         key=lambda r: r.counts.max_abs,
         told=lambda r: f"largest magnitude {r.counts.max_abs:.6g}",
         fault=f"has weights above {LARGEST / ROOM:,.0f}, a {ROOM}th of float16's range",
