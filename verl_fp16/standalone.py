@@ -66,6 +66,7 @@ def build_engine(
     optimizer: dict[str, Any] | None = None,
     engine: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any] | None = None,
 ) -> Any:
     """Build and initialize an engine in a process whose default process group exists.
 
@@ -78,6 +79,7 @@ def build_engine(
         optimizer: fields of verl's ``FSDPOptimizerConfig``.
         engine: fields of verl's ``FSDPEngineConfig``; they win over what is set here.
         model: further fields of verl's ``HFModelConfig``.
+        checkpoint: fields of verl's ``CheckpointConfig``.
     """
     import verl.workers.engine  # noqa: F401  registers the engines
     from verl.workers.engine.base import EngineRegistry
@@ -104,7 +106,7 @@ def build_engine(
         model_config=model_config,
         engine_config=engine_config,
         optimizer_config=None if forward_only else optimizer_config,
-        checkpoint_config=CheckpointConfig(),
+        checkpoint_config=CheckpointConfig(**(checkpoint or {})),
     )
     built.initialize()
     return built

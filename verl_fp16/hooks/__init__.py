@@ -3,9 +3,9 @@
 One module for each concern: :mod:`~verl_fp16.hooks.entry`, :mod:`~verl_fp16.hooks.driver` (the process that reads the
 configuration), :mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics, FSDP1's gradient sync),
 :mod:`~verl_fp16.hooks.checkpoint` (the scaler's state in checkpoints), :mod:`~verl_fp16.hooks.weight_sync` (what is
-sent to the rollout, and its audit), :mod:`~verl_fp16.hooks.metrics` (the gap between
-rollout and training), :mod:`~verl_fp16.hooks.trainer` (the read-back before the first rollout, the seam of the training
-step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back
+sent to the rollout, and its audit), :mod:`~verl_fp16.hooks.export` (the dtype of Hugging Face exports),
+:mod:`~verl_fp16.hooks.metrics` (the gap between rollout and training), :mod:`~verl_fp16.hooks.trainer` (the read-back
+before the first rollout, the seam of the training step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back
 and the audit).
 """
 
@@ -16,6 +16,7 @@ VERL = Package("verl", SUPPORTED_VERL)
 
 _TRAINER = "verl_fp16.hooks.trainer:"
 _FSDP = "verl.workers.engine.fsdp.transformer_impl:"
+_MERGER = "verl.model_merger."
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -143,6 +144,64 @@ HOOKS: tuple[Hook, ...] = (
         why="as engine.save_loss_scale",
         how="takes the state up again, the same on all ranks",
         until="verl loads it",
+    ),
+    Hook(
+        name="engine.export",
+        target=Target(_FSDP + "FSDPEngine.save_checkpoint", ("local_path",)),
+        wrapper="verl_fp16.hooks.export:export_in_declared_dtype",
+        why="verl tags an export BF16 or as the base model was, whatever was trained, so it is evaluated in that",
+        how="tags config.json with the declared dtype, and notes it for the model merger in verl_fp16_export.json",
+        until="verl exports in the rollout's dtype",
+    ),
+    Hook(
+        name="checkpoint.full_state_dict",
+        target=Target("verl.utils.fsdp_utils:get_fsdp_full_state_dict"),
+        wrapper="verl_fp16.hooks.export:gather_in_declared_dtype",
+        why="hf_model gets FP32 tensors under a BF16 tag, and is rounded, unchecked, by whoever loads it",
+        how="casts what was gathered for hf_model to the declared dtype, and checks for overflow",
+        until="verl exports in the rollout's dtype",
+    ),
+    Hook(
+        name="checkpoint.save",
+        # The body writes shards, optimizer and tokenizer before it gathers the weights for hf_model, with barriers.
+        target=Target(
+            "verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager.save_checkpoint",
+            bodies=("2827866ca7bdb181", "1343b1874362be67"),
+        ),
+        wrapper="verl_fp16.hooks.export:keep_checkpoint_without_export",
+        why="weights that overflow in hf_model would take the loss scale and the engine's clean end with them",
+        how="leaves hf_model out on all ranks; engine.export raises the error when all else is written",
+        until="as checkpoint.full_state_dict",
+    ),
+    Hook(
+        name="merger.state_dict",
+        # The body calls tensor.bfloat16() on each shard, on the calling thread.
+        target=Target(
+            _MERGER + "fsdp_model_merger:FSDPModelMerger._load_and_merge_state_dicts",
+            bodies=("e5cfb7218ed22f6c", "425ecbc7b04ce9b0"),
+        ),
+        wrapper="verl_fp16.hooks.export:merge_in_declared_dtype",
+        why="the merger rounds every weight to BF16",
+        how="casts to the dtype in the checkpoint's verl_fp16_export.json instead, and checks for overflow",
+        # Where the operation test compares, in the dtype that it asks the class of merger.model_class for.
+        relies_on=(
+            Target(_MERGER + "fsdp_model_merger:FSDPModelMerger._validate_state_dict", bodies=("89396c6244e4de5d",)),
+        ),
+        until="verl merges in the dtype of the checkpoint's config.json",
+    ),
+    Hook(
+        name="merger.model_class",
+        target=Target(_MERGER + "base_model_merger:BaseModelMerger.get_transformers_auto_model_class"),
+        wrapper="verl_fp16.hooks.export:make_models_in_declared_dtype",
+        why="the merger tags what it writes BF16, and its operation test loads the other side in BF16",
+        how="makes the models of either in the dtype in the checkpoint's verl_fp16_export.json",
+        relies_on=(
+            Target(
+                _MERGER + "base_model_merger:BaseModelMerger.save_hf_model_and_tokenizer",
+                bodies=("5a67ada599f38269", "0282980e3359da20"),
+            ),
+        ),
+        until="as merger.state_dict",
     ),
     Hook(
         name="engine.lora_masters",
