@@ -71,7 +71,8 @@ def with_calls(tree: SourceTree, module: str, hooks: list[Hook]) -> str:
         if hook.target.qualname:
             definition = tree.function(hook.target)
             first = min([definition.lineno, *(d.lineno for d in definition.decorator_list)]) - 1
-            insertions[first].append(f'{" " * definition.col_offset}@verl_fp16_hook("{hook.name}")\n')
+            # Of several on one function the later one is outermost, as where the patcher puts them on.
+            insertions[first].insert(0, f'{" " * definition.col_offset}@verl_fp16_hook("{hook.name}")\n')
             names.add("verl_fp16_hook")
         else:
             insertions[len(lines)].append(f'\nverl_fp16_module_hook(__name__, "{hook.name}")\n')

@@ -41,6 +41,11 @@ def times_three(original):
         return original(*args) * 3
     return wrapper
 
+def plus_one(original):
+    def wrapper(*args):
+        return original(*args) + 1
+    return wrapper
+
 def refuse(original):
     raise ValueError("this wrapper refuses")
 
@@ -207,6 +212,34 @@ def test_applied_while_the_target_is_being_imported(library, monkeypatch):
     assert module.free(1) == 20
     assert patcher.status() == {"the.hook": "applied"}
     patcher.undo()
+
+
+@pytest.mark.parametrize("imported_before", (True, False))
+def test_two_hooks_on_one_attribute_the_later_one_outermost(library, monkeypatch, imported_before):
+    monkeypatch.syspath_prepend(str(library))
+    for name in ("library", "wrappers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    both = [
+        Hook(name, Target("library:Thing.method", ("value",)), f"wrappers:{name}", "why", "how")
+        for name in ("times_ten", "plus_one")
+    ]
+    for hooks, wrapped in ((both, 2 * 10 + 1), (both[::-1], (2 + 1) * 10)):
+        if not imported_before:
+            sys.modules.pop("library", None)
+        else:
+            import library as module
+
+            before = vars(module.Thing)["method"]
+        patcher = Patcher(tuple(hooks))
+        patcher.apply()
+        import library as module
+
+        patcher.require()
+        assert module.Thing().method(1) == wrapped
+        assert set(patcher.status().values()) == {"applied"}
+        patcher.undo()
+        assert module.Thing().method(1) == 2
+        assert not imported_before or vars(module.Thing)["method"] is before
 
 
 def test_two_hooks_of_one_name_are_refused():

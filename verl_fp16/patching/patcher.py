@@ -147,9 +147,8 @@ class Patcher:
         owner, name, function = _find(hook.target, module)
         if is_wrapped_by(hook.name, function, in_source=True):
             return functools.partial(_set, state, "not needed", CARRIED)
-        chain = Chain.of(owner, name)
-        _check(hook.target, chain.function)
-        return functools.partial(_put_on_attribute, state, wrapper, chain)
+        _check(hook.target, Chain.of(owner, name).function)
+        return functools.partial(_put_on_attribute, state, wrapper, owner, name)
 
     def _refuse(self, state: _State, reason: str) -> None:
         """Keep the reason and take everything out again: a process is patched wholly or not at all."""
@@ -223,7 +222,8 @@ def _put_on_module(state: _State, wrapper: Callable[[ModuleType], Any], module: 
     _set(state, "applied")
 
 
-def _put_on_attribute(state: _State, wrapper: Wrapper, chain: Chain) -> None:
+def _put_on_attribute(state: _State, wrapper: Wrapper, owner: Any, name: str) -> None:
+    chain = Chain.of(owner, name)  # not before: another hook may have been put on the attribute since it was planned
     chain.add(state.hook.name, wrapper)
     state.undo, state.chain = functools.partial(chain.remove, state.hook.name), chain
     _set(state, "applied")
