@@ -149,7 +149,7 @@ HOOKS: tuple[Hook, ...] = (
         name="engine.export",
         target=Target(_FSDP + "FSDPEngine.save_checkpoint", ("local_path",)),
         wrapper="verl_fp16.hooks.export:export_in_declared_dtype",
-        why="verl tags an export BF16 or as the base model was, whatever was trained, so it is evaluated in that",
+        why="verl tags a checkpoint's Hugging Face folder BF16 or FP32, whatever was trained, and it is evaluated so",
         how="tags config.json with the declared dtype, and notes it for the model merger in verl_fp16_export.json",
         until="verl exports in the rollout's dtype",
     ),
