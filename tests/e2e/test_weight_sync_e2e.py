@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import shutil
 
 import pytest
 from held import check_rollout_holds_masters, train_with_dumps
+from safetensors.torch import load_file, save_file
 from test_trainer import FSDP1, check_clean, check_nothing_left
 from trainer import train
 
@@ -35,6 +36,18 @@ def test_vllm_holds_the_masters_in_float16(case, tiny_model, tmp_path):
     check_rollout_holds_masters(run, ranks=2 if "2 ranks" in case else 1)
 
 
+@pytest.fixture(scope="module")
+def opinionated_model(tiny_model, tmp_path_factory):
+    """The tiny model with a head that makes some tokens likelier than others: by itself it is nearly indifferent, as
+    vLLM's weights of the start are, and no probe could tell the two."""
+    folder = tmp_path_factory.mktemp("models") / "opinionated"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 20
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 FAULTS = {
     "stale_packed_weight": "rollout replica 0 holds the weights and computes with others",
     "flipped_bit": "does not hold what it got: model.layers.1.mlp.gate_proj.weight (in model.layers.1.mlp.gate_up_proj",
@@ -46,18 +59,16 @@ FAULTS = {
 @pytest.mark.parametrize(
     "fault", [fault if i == 0 else pytest.param(fault, marks=pytest.mark.slow) for i, fault in enumerate(FAULTS)]
 )
-def test_a_run_with_a_fault_in_its_sync_stops_before_it_rolls_out(fault, tiny_model, tmp_path):
+def test_a_run_with_a_fault_in_its_sync_stops_before_it_rolls_out(fault, opinionated_model, tmp_path):
     """Each is seen by one part of the audit; its message is the only one."""
     env = {"SYNC_FAULT": fault, "VERL_USE_EXTERNAL_MODULES": "sync_faults"}
-    run = train(tmp_path, tiny_model, env=env)
+    run = train(tmp_path, opinionated_model, env=env)
     assert run.result.returncode == 1, "it ended by itself"
     check_clean(run)
     assert run.metrics == []
-    (said,) = re.findall(r"WeightSyncError: (verl_fp16: the rollout would not run.*\n.*)\n", run.result.cause + "\n")
-    assert "(sync 1 of this run)" in said
-    assert FAULTS[fault] in said
-    others = [wanted for name, wanted in FAULTS.items() if name != fault]
-    assert not any(wanted in run.log for wanted in others)
+    assert "WeightSyncError: verl_fp16: the rollout would not run the weights that were trained" in run.log
+    assert "(sync 1 of this run)" in run.log
+    assert [name for name, wanted in FAULTS.items() if wanted in run.log] == [fault]
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_what_overflows_is_an_error_that_names_it():
     with pytest.raises(WeightOverflow) as caught:
         FP16.cast(planted())
     said = str(caught.value)
-    assert "3 weights of 2 tensors" in said
+    assert "3 weights are beyond the range of float16 (65504), in 2 tensors" in said
     assert "layer.0.weight" in said and "layer.1.weight" in said and "fine" not in said
     assert "1e+30" in said and "65520" in said
 
@@ -115,7 +115,7 @@ def test_what_overflows_is_told_where_it_is_no_error(policy, largest):
 
 @pytest.mark.parametrize("policy", ("error", "clamp"))
 def test_weights_that_were_not_finite_are_an_error(policy):
-    with pytest.raises(WeightOverflow, match="1 weights of 1 tensors are inf or nan: gone"):
+    with pytest.raises(WeightOverflow, match="1 weight is inf or nan, in 1 tensor: gone"):
         Export("float16", policy).cast({"gone": torch.tensor([1.0, torch.nan])})
 
 
