@@ -62,13 +62,13 @@ def export_in_declared_dtype(original: Callable[..., None]) -> Callable[..., Non
             original(self, local_path, *args, **kwargs)
         finally:
             _saving.reset(token)
+        if self.checkpoint_manager.should_save_hf_model and not (saving.cast or saving.failure):
+            raise ExportError(f"{saving.who}: verl exported weights that did not pass through verl_fp16's hook")
         if rank_and_world_size()[0] == 0:
             write_tag(Path(local_path) / _MODEL_FOLDER, export.dtype)
             write_mark(local_path, export)
         if saving.failure is not None:
             raise saving.failure
-        if self.checkpoint_manager.should_save_hf_model and not saving.cast:
-            raise ExportError(f"{saving.who}: verl exported weights that did not pass through verl_fp16's hook")
 
     return save_checkpoint
 
