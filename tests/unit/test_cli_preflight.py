@@ -165,6 +165,18 @@ def test_sharded_and_whole_and_a_single_file_give_the_same(tmp_path):
     assert comparable(whole) == comparable(sharded) == comparable(file)
 
 
+def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
+    path = make_model(tmp_path / "model", {"a.weight": torch.ones(3), "b.weight": torch.ones(3)}, lambda name: name[0])
+    save_file({"b.weight": torch.full((3,), 7e4), "c.weight": torch.ones(5)}, path / "a")
+    (path / INDEX).write_text(json.dumps({"weight_map": {"b.weight": "b", "c.weight": "a"}}))
+    found = found_in(path)
+    assert found["total"]["overflow"] == 0
+    assert sorted(row["name"] for row in found["tensors"]) == ["b.weight", "c.weight"]
+    # What the index does not know is loaded with its shard.
+    (path / INDEX).write_text(json.dumps({"weight_map": {"c.weight": "a"}}))
+    assert found_in(path)["total"]["overflow"] == 3
+
+
 def test_shards_without_an_index_are_all_read(tmp_path):
     path = make_model(tmp_path / "model", {"a.weight": torch.ones(3)})
     (path / "model.safetensors").rename(path / "part-1.safetensors")

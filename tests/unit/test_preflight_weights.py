@@ -136,6 +136,12 @@ def test_every_reason_is_told_the_worst_kind_first_and_the_worst_tensor_of_each(
     assert "large.2" not in large and "; and 3 more. Fix: " in large
 
 
+def test_a_tensor_that_overflows_is_not_told_again_for_being_large():
+    judged = judge([report(overflow=1, max_abs=7e4), report("large", max_abs=5000.0)], None, ())
+    assert judged.reasons[1].why.startswith("1 tensor has weights above 4,094")
+    assert "large (" in judged.reasons[1].why and "w (" not in judged.reasons[1].why
+
+
 def test_the_worst_come_first():
     found = [
         report("fine"),
