@@ -108,6 +108,7 @@ def sync(engine, receiver: Receiver, job: str, audit: bool = False) -> float:
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 
     from verl_fp16.weight_sync.rank_calls import sender_of
+    from verl_fp16.weight_sync.sender import Learned
 
     started = time.perf_counter()
     ours = sender_of(engine)
@@ -130,7 +131,7 @@ def sync(engine, receiver: Receiver, job: str, audit: bool = False) -> float:
         faults = [*verdict.stream_faults([("rank 0", report)], [("worker", received)])]
         faults += verdict.holding_faults([("worker", received)])
         assert not faults, faults
-        sync.narrow = verdict.narrow_names([("worker", received)])
+        sync.learned = Learned(*(frozenset(names) for names in verdict.learned([("worker", received)]).values()))
     sync.bytes = report["bytes"] if report else None
     return time.perf_counter() - started
 
@@ -156,7 +157,7 @@ def measure(pairs: int, out: Path) -> None:
         flagged = standalone.build_engine(str(model), precision=standalone.mixed_precision("float16"))
         plain = standalone.build_engine(str(model), precision={"param_dtype": "fp16"})
         first = sync(flagged, receiver, job, audit=True)
-        sender_of(flagged).narrow_to(sync.narrow)
+        sender_of(flagged).learn(sync.learned)
         times: dict[str, list[float]] = {"float32, plain verl": [], "float16": [], "float16 audited": []}
         for index in range(pairs + 1):
             row = sync(plain, receiver, job), sync(flagged, receiver, job), sync(flagged, receiver, job, audit=True)

@@ -260,8 +260,11 @@ def functions_of_ours_elsewhere() -> dict[str, str | None]:
                 held = {f"{name}.{attribute}": inner for attribute, inner in list(vars(value).items())}
             for path, item in held.items():
                 function = item.__func__ if type(item) in (staticmethod, classmethod) else item
-                if type(function) is FunctionType and function.__code__.co_filename.startswith(ours):
-                    found[f"{module_name}:{path}"] = getattr(function, f"_{OURS}_hook", None)
+                if type(function) is not FunctionType:
+                    continue
+                hook = vars(function).get(f"_{OURS}_hook")  # also in what a decorator of verl's has made of ours
+                if hook is not None or function.__code__.co_filename.startswith(ours):
+                    found[f"{module_name}:{path}"] = hook
     return found
 
 

@@ -35,14 +35,19 @@ def swapped_on_the_way() -> None:
 
 
 def stale_packed_weight() -> None:
-    """vLLM's CPU kernels read a copy that is packed after loading; here it is the one of the start."""
+    """vLLM's CPU kernels may read a copy that is packed after loading: here one of the weights of the start."""
     original = receiver.WeightReceiver.__init__
 
-    def __init__(self, *args):
+    def __init__(self, targets):
         from vllm.model_executor.model_loader import utils
 
-        original(self, *args)
+        original(self, targets)
         utils.process_weights_after_loading = lambda *args: None
+        (worker,) = (cell.cell_contents for cell in targets.__closure__)
+        for layer in worker.model_runner.model.modules():
+            if hasattr(layer, "cpu_linear"):
+                packed = layer.weight.detach().clone()
+                layer.cpu_linear = lambda x, weight, bias, packed=packed: torch.nn.functional.linear(x, packed, bias)
 
     receiver.WeightReceiver.__init__ = __init__
 

@@ -45,12 +45,13 @@ def sent_in_full(model: str, strategy: str, flag: bool) -> dict:
     result: dict[str, Any] = {"state": state_of(engine), "first": sync(engine)}
     if flag:
         from verl_fp16.weight_sync.rank_calls import sender_of
+        from verl_fp16.weight_sync.sender import Learned
 
         sender = sender_of(engine)
         sender.prepare(digests=True)
         result["first again"] = sync(engine)
         result["first report"] = sender.report()
-        sender.narrow_to(name for name in result["first"] if name != "model.norm.weight")
+        sender.learn(Learned(frozenset(result["first"]) - {"model.norm.weight"}))
         sender.prepare(digests=True)
         result["second"] = sync(engine)
         result["report"] = sender.report()
@@ -96,11 +97,12 @@ def sent_with_lora(model: str, strategy: str, merge: bool, flag: bool) -> dict:
     result["first"] = sync(engine, base_sync_done=True)
     if flag:
         from verl_fp16.weight_sync.rank_calls import sender_of
+        from verl_fp16.weight_sync.sender import Learned
 
         sender = sender_of(engine)
         if not merge:
             result["base"] = sync(engine, base_sync_done=False)
-        sender.narrow_to({*result["first"], *result.get("base", ())})
+        sender.learn(Learned(frozenset({*result["first"], *result.get("base", ())})))
         sender.prepare(digests=False)
         result["second"] = sync(engine, base_sync_done=True)
         if not merge:

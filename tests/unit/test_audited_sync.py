@@ -81,6 +81,7 @@ def run(monkeypatch):
     monkeypatch.setattr(audited_sync, "_pending", {})
     monkeypatch.setattr(audited_sync, "_deferred", [])
     monkeypatch.setattr(audited_sync, "read_back_done", True)
+    monkeypatch.setattr(audited_sync, "_V1_TRAINER", __name__)
     probe = {"tokens": [1, 2, 3], "log_probs": [-1.0, -2.0]}
     monkeypatch.setattr(audited_sync, "_probe", lambda actor: probe)
     return build(told)
@@ -186,6 +187,47 @@ def test_a_model_that_cannot_be_probed_is_told_of_and_goes_on(run, monkeypatch):
     monkeypatch.setattr(audited_sync, "_probe", fail)
     assert sync(run)["sync/audit_ok"] == 1.0
     assert any("goes without its probe" in line and "wants an image" in line for line in run.told)
+
+
+def test_clamp_holds_in_the_first_sync_too(run):
+    run = build(run.told, on_overflow="clamp")
+    run.rank.state["norm"][:2] = torch.tensor([1e5, -1e5])
+    sync(run)
+    assert run.rollout.held["norm"][:2].tolist() == [65504.0, -65504.0]
+
+
+def test_each_manager_has_learned_from_its_own_rollout(run):
+    """verl's separate_async mode has two, with the same ranks."""
+    other = SimpleNamespace(rank=run.rank, rollout=Rollout(), told=run.told)
+    other.rollout.probe = lambda tokens: [-1.0, -2.0]
+    other.rollout.held = {name: tensor.float() for name, tensor in other.rollout.held.items()}
+    other.sync = AuditedSync(SimpleNamespace(actor_wg=run.sync._manager.actor_wg, replicas=[other.rollout]))
+    sync(run), sync(other), sync(run)
+    run.sync.before()
+    assert dict(run.rank.stream())["norm"].dtype == torch.float16
+    other.sync.before()
+    assert dict(run.rank.stream())["norm"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("said", ([], WeightSyncError("the rollout was aborted")))
+def test_a_rollout_that_cannot_be_probed_is_told_of_and_goes_on(run, said):
+    def probe(tokens):
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    run.rollout.probe = probe
+    assert sync(run)["sync/audit_ok"] == 1.0
+    assert any("goes without its probe" in line for line in run.told)
+    assert not any("agrees" in line for line in run.told)
+
+
+def test_a_trainer_without_a_read_back_is_told_at_once(run, monkeypatch):
+    monkeypatch.setattr(audited_sync, "read_back_done", False)
+    monkeypatch.setattr(audited_sync, "_V1_TRAINER", "not imported here")
+    run.rollout.probe = lambda tokens: [-3.0, -4.0]
+    with pytest.raises(WeightSyncError, match="computes with others"):
+        sync(run)
 
 
 def test_without_the_flag_in_the_workers_nothing_is_asked_of_the_rollout(run):

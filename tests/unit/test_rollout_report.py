@@ -99,7 +99,26 @@ def test_the_probe_is_cut_to_the_context_and_leaves_out_verls_dummy():
         return SimpleNamespace(extra_fields={"prompt_logprobs": [[-float(i)] for i in prompt_ids[1:]] + [[0.0]]})
 
     server.generate = generate
+    server.engine = SimpleNamespace()
     assert asyncio.run(server.verl_fp16_probe([5, 6, 7, 8, 9])) == [-6.0, -7.0]
+    fast = SimpleNamespace(cache_config=SimpleNamespace(kv_sharing_fast_prefill=True))
+    server.engine = SimpleNamespace(vllm_config=fast)
+    assert asyncio.run(server.verl_fp16_probe([5, 6])) == [], "vLLM would fail as a whole"
+    server.engine, server._submission_paused = SimpleNamespace(), True
+    assert asyncio.run(server.verl_fp16_probe([5, 6])) == [], "a request would wait for the resume"
+
+
+def test_an_aborted_probe_answers_nothing():
+    module = SimpleNamespace(vLLMHttpServer=type("vLLMHttpServer", (), {}))
+    rollout.server_answers(module)
+    server = module.vLLMHttpServer()
+    server.config, server.engine = SimpleNamespace(max_model_len=4), SimpleNamespace()
+
+    async def generate(prompt_ids, sampling_params, request_id):
+        return SimpleNamespace(extra_fields={"global_steps": 1})
+
+    server.generate = generate
+    assert asyncio.run(server.verl_fp16_probe([5, 6])) == []
 
 
 def test_a_server_without_an_engine_answers_for_itself_alone(monkeypatch):

@@ -110,17 +110,31 @@ def test_what_must_not_come_in_float16_is_told_with_the_reason(model):
         "bias": "held in float32",
         "doubled": "not merely copied",
         "summed": "not merely copied",
+        # Nothing is done with it, but `summed` came by its values in a way that was not seen.
+        "tied": "where it went could not be followed",
     }
-    # Nothing is done with the last: it may come in any dtype.
-    narrow = ["embed", "q", "k", "v", *(f"expert.{i}" for i in range(EXPERTS)), "norm", "tied"]
-    assert sorted(audit.narrow_names([("worker", report)])) == sorted(narrow)
+    narrow = ["embed", "q", "k", "v", *(f"expert.{i}" for i in range(EXPERTS)), "norm"]
+    assert sorted(audit.learned([("worker", report)])["narrow"]) == sorted(narrow)
+    # The other two are rounded where they end.
+    assert audit.learned([("worker", report)])["exempt"] == ["gate", "bias"]
+
+
+def test_what_nothing_is_done_with_may_come_in_any_dtype(model):
+    """As the head of a model that ties it to the embedding."""
+    del model.summed
+    stream = [(name, tensor) for name, tensor in weights() if name != "summed"]
+    report = received(model, stream).report(torch.float16)
+    assert not report["not_loaded"]
+    assert "tied" in audit.learned([("worker", report)])["narrow"]
 
 
 def test_a_name_has_to_be_narrow_on_every_worker(model):
     report = received(model, weights()).report(torch.float16)
     other = {**report, "wide": {"q": "held in bfloat16"}}
-    assert "q" not in audit.narrow_names([("worker 0", report), ("worker 1", other)])
-    assert "gate" not in audit.narrow_names([("worker 1", other), ("worker 0", report)])
+    assert "q" not in audit.learned([("worker 0", report), ("worker 1", other)])["narrow"]
+    assert "gate" not in audit.learned([("worker 1", other), ("worker 0", report)])["narrow"]
+    narrow_there = {**report, "exempt": ["bias"]}
+    assert audit.learned([("worker 0", report), ("worker 1", narrow_there)])["exempt"] == ["bias"]
 
 
 def test_what_was_not_loaded_is_told(model):
@@ -128,9 +142,10 @@ def test_what_was_not_loaded_is_told(model):
     report = received(model, stream).report(torch.float16)
     # Of `summed` it cannot be seen, since a number was filled in.
     assert report["not_loaded"] == ["norm", "summed"]
-    assert list(audit.not_loaded([("worker", report)])) == [
+    assert list(audit.unchecked([("worker", report)])) == [
         "worker has parameters that the sync did not write: norm, summed"
     ]
+    assert report["wide"]["tied"] == "where it went could not be followed"
 
 
 @pytest.mark.parametrize("name", ("embed", "qkv", "experts", "gate", "norm"))
@@ -216,13 +231,16 @@ def test_metrics_are_sums_over_ranks_and_the_largest_magnitude():
     assert "sync/unchanged_fraction" not in audit.metrics([("rank 0", still)], 0.1), "nothing changed: no share of it"
 
 
-def test_overflows_of_what_goes_as_it_is_do_not_count():
+def test_overflows_of_what_is_held_in_other_dtypes_do_not_count():
     counts = {"values": 8, "overflow": 2, "non_finite": 0, "max_abs": 1e5}
+    larger = {"a": {**counts, "max_abs": 2e5}}
+    streamed_as = {"a": ["a"], "b": ["b.0", "b.1"]}
     senders = [
-        ("rank 0", {"faults": {"a": counts, "b": counts}}),
-        ("rank 1", {"faults": {"a": {**counts, "max_abs": 2e5}}}),
+        ("rank 0", {"faults": {"a": counts, "b": counts}, "streamed_as": streamed_as}),
+        ("rank 1", {"faults": larger, "streamed_as": streamed_as}),
     ]
-    assert audit.cast_faults(senders, wide={"b"}) == {
+    assert audit.cast_faults(senders, exempt={"b.0"}).keys() == {"a", "b"}, "one of its parts counts"
+    assert audit.cast_faults(senders, exempt={"b.0", "b.1"}) == {
         "a": {"values": 16, "overflow": 4, "non_finite": 0, "max_abs": 2e5}
     }
 
@@ -230,3 +248,73 @@ def test_overflows_of_what_goes_as_it_is_do_not_count():
 def test_many_names_are_cut():
     assert audit.listed(["a", "b"]) == "a, b"
     assert audit.listed(list("abcdefghijk")) == "a, b, c, d, e, f, g, h and 3 more"
+
+
+class Odd(nn.Module):
+    """Loads in ways that no record of copies can follow to the end."""
+
+    def __init__(self, load) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(4, 6), requires_grad=False)
+        self._load = load
+
+    def load(self, weights) -> None:
+        for _, tensor in weights:
+            self._load(self.p.data, tensor)
+
+    def targets(self):
+        return [*self.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    "load",
+    (
+        lambda p, w: p.zero_().add_(w),
+        lambda p, w: p.index_put_((torch.arange(4),), w),
+        lambda p, w: p.copy_(w).mul_(2),
+        lambda p, w: setattr(p, "data", w.clone()),
+    ),
+)
+def test_what_cannot_be_followed_comes_as_it_is_and_is_no_fault(load):
+    stream = [("w", torch.randn(4, 6))]
+    model = Odd(load)
+    receiver = received(model, stream, buckets=1)
+    assert faults(model, receiver, stream) == []
+    assert receiver.report(torch.float32)["wide"].keys() == {"w"}
+
+
+def test_a_part_that_is_written_again_is_held_against_the_last():
+    def load(p: torch.Tensor, w: torch.Tensor) -> None:
+        p.copy_(w)
+        p[:, 2:4].copy_(w[:, :2])
+
+    stream = [("w", torch.randn(4, 6))]
+    model = Odd(load)
+    receiver = received(model, stream, buckets=1)
+    assert faults(model, receiver, stream) == []
+    model.p.data[1, 2] += 1
+    assert faults(model, receiver, stream) == ["worker does not hold what it got: w (in p)"]
+
+
+def test_columns_side_by_side_do_not_overlap():
+    def load(p: torch.Tensor, w: torch.Tensor) -> None:
+        p[:, :3].copy_(w[:, :3])
+        p[:, 3:].copy_(w[:, 3:])
+
+    stream = [("w", torch.randn(4, 6))]
+    model = Odd(load)
+    receiver = received(model, stream, buckets=1)
+    assert faults(model, receiver, stream) == []
+    for column in (0, 5):
+        model.p.data[2, column] += 1
+        assert faults(model, receiver, stream), column
+        model.p.data[2, column] -= 1
+
+
+def test_a_target_that_is_gone_is_told():
+    stream = [("w", torch.randn(4, 6))]
+    model = Odd(lambda p, w: p.copy_(w))
+    receiver = received(model, stream, buckets=1)
+    model.p = None
+    report = receiver.report(torch.float32)
+    assert list(audit.unchecked([("worker", report)])) == ["worker has no more of what was loaded into p: unchecked"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +12,8 @@ from verl_fp16.telling import tell
 from verl_fp16.weight_sync import audit
 from verl_fp16.weight_sync.audit import WeightSyncError
 from verl_fp16.weight_sync.rank_calls import KEEP
+
+_V1_TRAINER = "verl.trainer.ppo.v1.trainer_base"
 
 # Answers come from processes that have just finished a sync, or are idle.
 _TIMEOUT_S = 600.0
@@ -31,8 +35,9 @@ class AuditedSync:
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
-        # Names that may go in the rollout's dtype, where the ranks have not been told yet.
-        self._learned: list[str] | str | None = None
+        # What the rollout has said, where the ranks have not been told yet.
+        self._learned: dict[str, list[str]] | str | None = None
+        self._name = uuid.uuid4().hex
         self._syncs = 0
         self._settings: dict[str, Any] | None = None
         self._auditing = False
@@ -57,7 +62,7 @@ class AuditedSync:
     def _prepare(self) -> None:
         interval = self._settings["audit_interval"] if self._settings else 0
         self._auditing = self._syncs == 0 or bool(interval) and self._syncs % interval == 0
-        prepared = self._ask_ranks(_prepare(self._learned, self._auditing))
+        prepared = self._ask_ranks(_prepare(self._name, self._learned, self._auditing))
         self._learned = KEEP
         self._settings = prepared[0][1] if prepared else None
         if self._settings is None:
@@ -84,7 +89,8 @@ class AuditedSync:
             return {}
 
     def _raise_or_defer(self, error: WeightSyncError) -> None:
-        if self._syncs > 1 or read_back_done:
+        # Only verl's v1 trainer has its first sync before its fit.
+        if self._syncs > 1 or read_back_done or _V1_TRAINER not in sys.modules:
             raise error
         _deferred.append(error)
 
@@ -95,12 +101,13 @@ class AuditedSync:
         if self._auditing:
             began = time.perf_counter()
             receivers = self._ask_servers("verl_fp16_end_audit", self._settings["dtype"])
-            self._learned = audit.narrow_names(receivers)
+            self._learned = audit.learned(receivers)
         faults = [*self._cast_faults(senders, receivers)]
         if self._auditing:
             faults += [*audit.stream_faults(senders, receivers), *audit.holding_faults(receivers)]
             faults += self._probe_faults()
-            for line in audit.not_loaded(receivers):
+            # Later syncs of adapters leave the base alone.
+            for line in audit.unchecked(receivers) if self._syncs == 1 else ():
                 self._tell_once(line)
             found |= {"sync/audit_ok": float(not faults), "sync/audit_seconds": time.perf_counter() - began}
         if faults:
@@ -118,7 +125,7 @@ class AuditedSync:
 
         from verl_fp16.weight_cast import CastCounts, CheckedCast, WeightOverflow
 
-        by_name = audit.cast_faults(senders, wide={name for _, report in receivers for name in report["wide"]})
+        by_name = audit.cast_faults(senders, audit.learned(receivers)["exempt"])
         if not by_name:
             return []
         counts = {name: CastCounts(**fields) for name, fields in by_name.items()}
@@ -143,8 +150,17 @@ class AuditedSync:
     def _probe_faults(self) -> list[str]:
         if self._probe is None:
             return []
-        answers = self._ask_servers("verl_fp16_probe", self._probe["tokens"], each=lambda who, said: [(who, said)])
+        try:
+            answers = self._ask_servers("verl_fp16_probe", self._probe["tokens"], each=lambda who, said: [(who, said)])
+        except WeightSyncError as error:
+            self._tell_once(f"the audit of the weight sync goes without its probe of the logits: {error}")
+            self._probe = None
+            return []
         rolled_out = {who: log_probs for who, log_probs in answers if log_probs}
+        if not rolled_out:
+            self._tell_once("the audit of the weight sync goes without its probe: the rollout takes no requests now")
+            self._probe = None
+            return []
         half = "bfloat16" in (self._settings["dtype"], self._settings["train_dtype"])
         limit = self._settings["probe_tolerance"] * (10 if half else 1)
         return list(audit.probe_fault(self._probe["log_probs"], rolled_out, limit))
@@ -205,10 +221,10 @@ def _answers(calls: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return found
 
 
-def _prepare(narrow: Sequence[str] | str | None, digests: bool) -> Callable[[Any], Any]:
+def _prepare(manager: str, learned: dict[str, list[str]] | str | None, digests: bool) -> Callable[[Any], Any]:
     from verl_fp16.weight_sync.rank_calls import prepare_sync
 
-    return lambda actor: actor.__ray_call__.remote(prepare_sync, narrow, digests)
+    return lambda actor: actor.__ray_call__.remote(prepare_sync, manager, learned, digests)
 
 
 def _report(actor: Any) -> Any:

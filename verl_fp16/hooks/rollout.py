@@ -44,7 +44,7 @@ def worker_answers(module: ModuleType) -> Callable[[], None]:
     owner = module.vLLMColocateWorkerExtension
     take_methods_out = _add_methods(owner, verl_fp16_report, verl_fp16_begin_audit, verl_fp16_end_audit)
     original = owner._update_weights
-    owner._update_weights = note_arrival(original)
+    owner._update_weights = _noting_arrival(original)
 
     def undo() -> None:
         owner._update_weights = original
@@ -53,7 +53,7 @@ def worker_answers(module: ModuleType) -> Callable[[], None]:
     return undo
 
 
-def note_arrival(original: Callable[..., None]) -> Callable[..., None]:
+def _noting_arrival(original: Callable[..., None]) -> Callable[..., None]:
     """On audited syncs, have a receiver digest what arrived and watch it being loaded."""
 
     @functools.wraps(original)
@@ -100,16 +100,28 @@ def server_answers(module: ModuleType) -> Callable[[], None]:
         return await ask_workers(self.engine, END_AUDIT, dtype) if self.node_rank == 0 else []
 
     async def verl_fp16_probe(self: Any, token_ids: list[int]) -> list[float]:
-        """Log-probabilities of all tokens but the first, given those before; of as many as fit into the context."""
+        """Log-probabilities of all tokens but the first, given those before; of as many as fit into the context.
+
+        Empty where the server takes no requests now, or cannot answer.
+        """
+        # verl's asynchronous modes sync between an abort and a resume: a request would wait for what comes after it.
+        if getattr(self, "_submission_paused", False) or _skips_prompts(self.engine):
+            return []
         fitting = token_ids[: self.config.max_model_len - 1]
         asked = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0.0}
         output = await self.generate(fitting, asked, request_id=f"verl_fp16-{uuid.uuid4().hex}")
-        # verl appends a dummy for the token that is generated.
-        return [row[0] for row in output.extra_fields["prompt_logprobs"][:-1]]
+        # verl appends a dummy for the token that is generated; an aborted request has none of this.
+        return [row[0] for row in output.extra_fields.get("prompt_logprobs", ())[:-1]]
 
     return _add_methods(
         module.vLLMHttpServer, verl_fp16_report, verl_fp16_begin_audit, verl_fp16_end_audit, verl_fp16_probe
     )
+
+
+def _skips_prompts(engine: Any) -> bool:
+    """Whether vLLM leaves out layers for a prompt's tokens: asked for their log-probabilities, it fails as a whole."""
+    cache = getattr(getattr(engine, "vllm_config", None), "cache_config", None)
+    return bool(getattr(cache, "kv_sharing_fast_prefill", False))
 
 
 def _add_methods(owner: type, *methods: Callable[..., Any]) -> Callable[[], None]:

@@ -55,11 +55,13 @@ def holding_faults(receivers: Named) -> Iterator[str]:
             yield f"{who} does not hold what it got: {listed(report['mismatches'])}"
 
 
-def not_loaded(receivers: Named) -> Iterator[str]:
-    """Workers with parameters that the sync did not write."""
+def unchecked(receivers: Named) -> Iterator[str]:
+    """What the audit could not look at: parameters that the sync did not write, and what is gone since."""
     for who, report in receivers:
         if report["not_loaded"]:
             yield f"{who} has parameters that the sync did not write: {listed(report['not_loaded'])}"
+        if report["gone"]:
+            yield f"{who} has no more of what was loaded into {listed(report['gone'])}: unchecked"
 
 
 def probe_fault(trained: Sequence[float], rolled_out: Mapping[str, Sequence[float]], limit: float) -> Iterator[str]:
@@ -79,23 +81,25 @@ def probe_distance(trained: Sequence[float], rolled_out: Sequence[float]) -> flo
     return statistics.fmean(abs(a - b) for a, b in zip(trained, rolled_out, strict=False))
 
 
-def narrow_names(receivers: Named) -> list[str]:
-    """Names in the stream that every worker can take in the rollout's dtype."""
+def learned(receivers: Named) -> dict[str, list[str]]:
+    """``narrow``: names in the stream that every worker can take in the rollout's dtype; ``exempt``: those that no
+    worker holds in it."""
     wide = {name for _, report in receivers for name in report["wide"]}
     seen = [name for _, report in receivers[:1] for name, *_ in report["stream"]]
-    return [name for name in seen if name not in wide]
+    exempt = set.intersection(*(set(report["exempt"]) for _, report in receivers)) if receivers else set()
+    return {"narrow": [name for name in seen if name not in wide], "exempt": [name for name in seen if name in exempt]}
 
 
-def cast_faults(senders: Named, wide: Collection[str] = ()) -> dict[str, dict[str, float]]:
+def cast_faults(senders: Named, exempt: Collection[str] = ()) -> dict[str, dict[str, float]]:
     """Name -> counts, summed over ranks, of tensors with values that overflowed or were not finite.
 
     Args:
-        wide: names that go as they are, of which overflows do not count.
+        exempt: names in the stream that are held in other dtypes only.
     """
     found: dict[str, dict[str, float]] = {}
     for _, report in senders:
         for name, counts in report["faults"].items():
-            if name in wide:
+            if set(report["streamed_as"][name] or [name]) <= set(exempt):
                 continue
             merged = found.setdefault(name, dict.fromkeys(counts, 0))
             for key, number in counts.items():

@@ -11,7 +11,8 @@ from functools import cache
 
 import torch
 
-_CHUNK = 2**18
+_CHUNK = 2**18  # elements: what a CPU's second-level cache holds
+_DEVICE_CHUNK = 2**22  # hides the start of a kernel; 32 MB of int64
 _MASK = 2**64 - 1
 # Odd, from the fraction of the golden ratio and from splitmix64 (Steele et al., 2014), as int64.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
@@ -69,17 +70,22 @@ def _sum(tensor: torch.Tensor, words: Callable[[torch.Tensor, int], torch.Tensor
 
 def _chunks(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """(index of the first element, flat chunk) of all elements; a strided tensor is copied part by part."""
-    if not tensor.is_contiguous() and tensor.dim() > 1 and tensor.numel() > _CHUNK:
+    size = _chunk_size(tensor.device)
+    if not tensor.is_contiguous() and tensor.dim() > 1 and tensor.numel() > size:
         row = tensor[0].numel()
-        step = max(1, _CHUNK // row)
+        step = max(1, size // row)
         for start in range(0, len(tensor), step):
             part = tensor[start : start + step]
             for first, chunk in _chunks(part[0] if step == 1 else part):
                 yield start * row + first, chunk
         return
     flat = tensor.reshape(-1)
-    for first in range(0, flat.numel(), _CHUNK):
-        yield first, flat[first : first + _CHUNK]
+    for first in range(0, flat.numel(), size):
+        yield first, flat[first : first + size]
+
+
+def _chunk_size(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else _DEVICE_CHUNK
 
 
 def _as_numbers(chunk: torch.Tensor) -> torch.Tensor:
@@ -91,7 +97,7 @@ def _as_numbers(chunk: torch.Tensor) -> torch.Tensor:
 
 def _positions(count: int, first: int, device: torch.device) -> torch.Tensor:
     """``_STEP * (i + 1)`` modulo 2^64 for ``count`` elements from ``first`` on."""
-    weights = _first_positions(str(device), _CHUNK)[:count]
+    weights = _first_positions(str(device), _chunk_size(device))[:count]
     return weights + _wrapped(_STEP * first) if first else weights
 
 

@@ -131,8 +131,18 @@ class _Watch(TorchDispatchMode):
         elif not isinstance(result, torch.Tensor) or not any(_share(result, given) for given in _tensors(args)):
             self._used(func, [*_tensors(args), *_tensors((kwargs or {}).values())], result)
         elif func._schema.is_mutable:
-            self._record.altered |= self._origin(args[0])[0] if isinstance(args[0], torch.Tensor) else frozenset()
+            self._changed_in_place(args[0], [*_tensors(args), *_tensors((kwargs or {}).values())])
         return result
+
+    def _changed_in_place(self, changed: Any, given: list[torch.Tensor]) -> None:
+        """Something else than a copy: what is held of a target cannot be held against what was copied any more."""
+        self._record.altered |= frozenset().union(*(self._origin(tensor)[0] for tensor in given))
+        where = self._targets.of(changed) if isinstance(changed, torch.Tensor) else None
+        # Filling a part that pads, before or after a copy, is no change of what was copied.
+        if where is not None:
+            kept = self._record.copies.get(where[0], {})
+            for place in [place for place in kept if _overlap(changed, where[1], place)]:
+                self._record.altered.update(kept.pop(place).name.split("/"))
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
         names, exact = self._origin(source)
@@ -150,7 +160,12 @@ class _Watch(TorchDispatchMode):
         digest = additive_digest(source.expand(target.shape).to(target.device, target.dtype))
         for source_name in names:
             self._record.dtypes.setdefault(source_name, set()).add(target.dtype)
-        self._record.copies.setdefault(name, {})[place] = Copy("/".join(sorted(names)), name, place, digest)
+        if target.numel() == 0:
+            return
+        kept = self._record.copies.setdefault(name, {})
+        for older in [older for older in kept if _overlap(target, first, older)]:
+            del kept[older]
+        kept[place] = Copy("/".join(sorted(names)), name, place, digest)
 
     def _used(self, func: Any, given: list[torch.Tensor], result: Any) -> None:
         origins = [origin for origin in map(self._origin, given) if origin[0]]
@@ -203,6 +218,28 @@ class _Intervals:
             return None
         where, first, end, name = self._spans[index]
         return (name, first) if where == device and address < end else None
+
+
+def _overlap(tensor: torch.Tensor, first: int, place: tuple[int, tuple[int, ...], tuple[int, ...]]) -> bool:
+    """Whether a part of a target meets a part that was written before.
+
+    Args:
+        tensor: the part, in memory.
+        first: address of the target's first element.
+        place: the other one, see :class:`Copy`.
+    """
+    offset, sizes, strides = place
+    mine = (tensor.data_ptr() - first) // tensor.element_size()
+    if tuple(tensor.stride()) != strides or not strides or 0 in strides:
+        # Parts of different layout: by their extents, which may be more than they are.
+        end = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        return mine <= end and offset <= mine + _extent(tensor) // tensor.element_size() - 1
+    for size, other, stride in sorted(zip(tensor.shape, sizes, strides, strict=True), key=lambda dim: -dim[2]):
+        mine_at, mine = divmod(mine, stride)
+        other_at, offset = divmod(offset, stride)
+        if mine_at + size <= other_at or other_at + other <= mine_at:
+            return False
+    return True
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from verl_fp16.readback.rank import engines_of
@@ -11,7 +11,7 @@ from verl_fp16.readback.rank import engines_of
 PROBE_TEXT = "The weather in the north was cold, and 12 + 7 = 19. She said that nobody would have believed it before."
 PROBE_TOKENS = 32
 
-# Instead of names: those of the sync before.
+# Instead of what was learned: what this rank was told before by the same manager.
 KEEP = "keep"
 
 
@@ -39,8 +39,15 @@ def sync_settings_of(engine: Any) -> Any:
     return ours["weight_sync"] if ours is not None and ours["role"] == "actor" else None
 
 
-def prepare_sync(worker: Any, narrow: Iterable[str] | str | None, digests: bool) -> dict[str, Any] | None:
-    """Get the rank ready for a sync; see :meth:`WeightSender.prepare`, and :data:`KEEP`.
+def prepare_sync(
+    worker: Any, manager: str, learned: Mapping[str, list[str]] | str | None, digests: bool
+) -> dict[str, Any] | None:
+    """Get the rank ready for a sync.
+
+    Args:
+        manager: whose sync it is; each of verl's checkpoint managers has a rollout of its own.
+        learned: fields of :class:`Learned`, or None, or :data:`KEEP`.
+        digests: whether the stream is to be digested.
 
     Returns:
         the settings of the sync with the dtypes of both sides; None where this rank's weights are not ours to send.
@@ -49,8 +56,12 @@ def prepare_sync(worker: Any, narrow: Iterable[str] | str | None, digests: bool)
     sender = sender_of(engine)
     if sender is None:
         return None
-    if narrow != KEEP:
-        sender.narrow_to(narrow)
+    from verl_fp16.weight_sync.sender import Learned
+
+    told = engine.__dict__.setdefault("_verl_fp16_learned", {})
+    if learned != KEEP:
+        told[manager] = None if learned is None else Learned(*(frozenset(learned[key]) for key in ("narrow", "exempt")))
+    sender.learn(told.get(manager))
     sender.prepare(digests=digests)
     ours = engine.engine_config.mixed_precision["verl_fp16"]
     return {**ours["weight_sync"], "train_dtype": ours["dtype"]}

@@ -37,26 +37,33 @@ class WeightReceiver:
         """What arrived and what is held now, in plain types; waits for the device.
 
         ``stream``: a list of (name, dtype, shape, digest); ``mismatches``: names that are not held as they were copied;
-        ``not_loaded``: parameters that nothing was copied into; ``wide``: names that must not come in ``dtype``, each
-        with the reason.
+        ``not_loaded``: parameters that nothing was copied into; ``gone``: targets that were loaded and are not there
+        any more; ``wide``: names that must not come in ``dtype``, each with the reason; ``exempt``: those of them that
+        are held in other dtypes only.
         """
         targets = list(self._targets())
+        not_loaded = self._record.not_loaded((name, t) for name, t in targets if isinstance(t, torch.nn.Parameter))
         return {
             "stream": read_digests(self._noted),
             "mismatches": self._record.mismatches(targets),
-            "not_loaded": self._record.not_loaded(
-                (name, tensor) for name, tensor in targets if isinstance(tensor, torch.nn.Parameter)
-            ),
-            "wide": dict(self._wide(dtype)),
+            "not_loaded": not_loaded,
+            "gone": sorted(self._record.copies.keys() - {name for name, _ in targets}),
+            "wide": dict(self._wide(dtype, doubt=bool(not_loaded))),
+            "exempt": sorted(name for name, held in self._record.dtypes.items() if dtype not in held),
         }
 
-    def _wide(self, dtype: torch.dtype) -> Iterable[tuple[str, str]]:
-        """Names that have to come as they are. One that nothing is done with at all may come in any dtype."""
+    def _wide(self, dtype: torch.dtype, doubt: bool) -> Iterable[tuple[str, str]]:
+        """Names that have to come as they are.
+
+        Args:
+            doubt: whether some parameter came by its values in a way that was not seen. If not, a name that nothing is
+                done with may come in any dtype.
+        """
         for name in sorted(self._record.seen):
             others = sorted(str(d).removeprefix("torch.") for d in self._record.dtypes.get(name, ()) if d != dtype)
             if others:
                 yield name, f"held in {', '.join(others)}"
             elif name in self._record.altered:
                 yield name, "not merely copied"
-            elif name in self._record.used and name not in self._record.dtypes:
+            elif name not in self._record.dtypes and (doubt or name in self._record.used):
                 yield name, "where it went could not be followed"

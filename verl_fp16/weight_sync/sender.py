@@ -9,7 +9,7 @@ tells, in which everything does (:mod:`verl_fp16.weight_sync.receiver`). Torch a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,19 @@ from verl_fp16.weight_sync.update_sample import UpdateSample
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What the rollout has said of the names in the stream.
+
+    Args:
+        narrow: may go in the rollout's dtype.
+        exempt: held in other dtypes only, so that what the rollout's dtype would do to them says nothing.
+    """
+
+    narrow: frozenset[str]
+    exempt: frozenset[str] = frozenset()
+
+
 class WeightSender:
     """One rank's side of all syncs of a run.
 
@@ -34,21 +47,17 @@ class WeightSender:
     def __init__(self, dtype: torch.dtype, on_overflow: str = "error") -> None:
         self.dtype = dtype
         self._on_overflow = on_overflow
-        # Names in the stream that may go in `dtype`; None while the rollout has not said.
-        self._narrow: frozenset[str] | None = None
+        # What the rollout has said of the names in the stream; None while it has not.
+        self._learned: Learned | None = None
         # Name of a parameter -> the names under which it went into the stream: verl takes packed experts apart.
         self._streamed_as: dict[str, list[str]] = {}
         self._samples = UpdateSample(dtype)
         self._digests_wanted = False
         self._rounds: list[_Round] = []
 
-    def narrow_to(self, names: Iterable[str] | None) -> None:
-        """Say what may go in the rollout's dtype from now on.
-
-        Args:
-            names: names in the stream; None for none, as nothing is known of them.
-        """
-        self._narrow = None if names is None else frozenset(names)
+    def learn(self, learned: Learned | None) -> None:
+        """Take in what the rollout has said; None where it has said nothing yet."""
+        self._learned = learned
 
     def prepare(self, *, digests: bool) -> None:
         """Get ready for a sync, whose stream is digested or not."""
@@ -82,18 +91,21 @@ class WeightSender:
     def report(self) -> dict[str, Any]:
         """What was sent since :meth:`prepare` or the last report, in plain types; waits for the device.
 
-        ``bytes`` of the stream; ``counts`` of the cast in total, and by name for those with values that overflowed or
-        were not finite, each value counted on one rank; ``sample``: see :class:`UpdateSample`; ``stream``: a list of
-        (name, dtype, shape, digest) where digests were wanted.
+        ``bytes`` of the stream; ``values``: the cast's counts in total; ``faults``: those of each parameter with values
+        that overflowed or were not finite, and ``streamed_as``: its names in the stream; each value is counted on one
+        rank; ``sample``: see :class:`UpdateSample`; ``stream``: a list of (name, dtype, shape, digest) where digests
+        were wanted.
         """
         rounds, self._rounds = self._rounds, []
         counts = [item for this in rounds for item in this.counted.counts().items()]
         total = sum((c for _, c in counts), type(counts[0][1])()) if counts else None
+        faults = {name: asdict(c) for name, c in counts if c.overflow or c.non_finite}
         return {
             "rank": rank_and_world_size()[0],
             "bytes": sum(this.bytes for this in rounds),
             "values": total and asdict(total),
-            "faults": {name: asdict(c) for name, c in counts if c.overflow or c.non_finite},
+            "faults": faults,
+            "streamed_as": {name: self._streamed_as.get(name, []) for name in faults},
             "sample": self._samples.read(),
             "stream": [entry for this in rounds for entry in this.digests()],
         }
@@ -109,36 +121,48 @@ class WeightSender:
             if isinstance(param, DTensor):
                 param = param.to(device, non_blocking=True)
                 yield name, self._gathered(name, param, this)
-            elif self._is_wide(name):
-                yield name, param
             else:
-                image = self._cast(name, param, rank_and_world_size()[0] == 0, this)
-                yield name, image if self._goes_narrow(name) else param
+                image = self._image(name, param, rank_and_world_size()[0] == 0, this)
+                yield name, self._as_it_is(param) if image is None else image
 
     def _gathered(self, name: str, param: DTensor, this: _Round) -> torch.Tensor:
-        if self._is_wide(name):
-            return param.full_tensor()
-        image = self._cast(name, param.to_local(), _is_first_copy(param), this)
-        if not self._goes_narrow(name):
-            return param.full_tensor()
+        image = self._image(name, param.to_local(), _is_first_copy(param), this)
+        if image is None:
+            return self._as_it_is(param.full_tensor())
         return DTensor.from_local(
             image, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
         ).full_tensor()
 
-    def _cast(self, name: str, tensor: torch.Tensor, mine: bool, this: _Round) -> torch.Tensor:
+    def _image(self, name: str, tensor: torch.Tensor, mine: bool, this: _Round) -> torch.Tensor | None:
+        """What goes instead of ``tensor``; None for itself. What goes as it is and is rounded there counts too."""
+        if self._are(name, self._learned and self._learned.exempt):
+            return None
         if mine:
             self._samples.take(name, tensor)
-        return (this.counted if mine else this.copies)(name, tensor)
+        image = (this.counted if mine else this.copies)(name, tensor)
+        return image if self._goes_narrow(name) else None
 
-    def _is_wide(self, name: str) -> bool:
-        """Whether it is known to be held in another dtype: then the cast to the rollout's says nothing of it."""
-        return self._narrow is not None and not self._goes_narrow(name)
+    def _as_it_is(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Under ``clamp``, while nothing is known, in bounds: what is held in float32 is cut too, in one sync."""
+        if self._learned is None and self._on_overflow == "clamp" and tensor.is_floating_point():
+            largest = torch.finfo(self.dtype).max
+            return tensor.clamp(-largest, largest)
+        return tensor
 
     def _goes_narrow(self, name: str) -> bool:
-        if self._narrow is None:
-            return False
+        return self._are(name, self._learned and self._learned.narrow)
+
+    def _are(self, name: str, among: frozenset[str] | None) -> bool:
         names = self._streamed_as.get(name)
-        return bool(names) and self._narrow.issuperset(names)
+        return bool(among and names) and among.issuperset(names)
+
+
+def _is_first_copy(param: DTensor) -> bool:
+    """Whether this rank's shard is the one of its copies that is counted; of several replicas that is the first."""
+    coordinates = param.device_mesh.get_coordinate()
+    return coordinates is not None and all(
+        where == 0 for where, placement in zip(coordinates, param.placements, strict=True) if placement.is_replicate()
+    )
 
 
 class _Round:
@@ -172,14 +196,6 @@ def read_digests(
         (name, str(dtype).removeprefix("torch."), tuple(shape), as_unsigned(number))
         for (name, _, shape, dtype), number in zip(noted, numbers, strict=True)
     ]
-
-
-def _is_first_copy(param: DTensor) -> bool:
-    """Whether this rank's shard is the one of its copies that is counted; of several replicas that is the first."""
-    coordinates = param.device_mesh.get_coordinate()
-    return coordinates is not None and all(
-        where == 0 for where, placement in zip(coordinates, param.placements, strict=True) if placement.is_replicate()
-    )
 
 
 class _LazyParams(dict):
