@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-SHARED_MEMORY = ("psm_*", "verl_weights_*", "sem.mp-*")
-"""Python's shared memory, verl's weight transfer, Python's semaphores: names under /dev/shm."""
+SHARED_MEMORY = ("psm_*", "verl_weights_*", "sem.mp-*", "vllm_dist_*")
+"""Python's shared memory, verl's weight transfer, Python's semaphores, tensor parallelism of vLLM's CPU build."""
 
 # What Ray appends to its temporary directory: "/session_<date>_<time>_<us>_<pid>/sockets/plasma_store" and a suffix.
 _RAY_SOCKET_BYTES = 68
