@@ -53,15 +53,15 @@ def worker_answers(module: ModuleType) -> Callable[[], None]:
     return undo
 
 
-def _noting_arrival(original: Callable[..., None]) -> Callable[..., None]:
+def _noting_arrival(update: Callable[..., None]) -> Callable[..., None]:
     """On audited syncs, have a receiver digest what arrived and watch it being loaded."""
 
-    @functools.wraps(original)
+    @functools.wraps(update)
     def _update_weights(self: Any, weights: Any, *args: Any, **kwargs: Any) -> None:
         receiver = getattr(self, "_verl_fp16_receiver", None)
         if receiver is None:
-            return original(self, weights, *args, **kwargs)
-        return receiver.load(weights, lambda: original(self, weights, *args, **kwargs))
+            return update(self, weights, *args, **kwargs)
+        return receiver.load(weights, lambda: update(self, weights, *args, **kwargs))
 
     return _update_weights
 
