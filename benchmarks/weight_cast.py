@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from off_cost import machine_facts, write_result  # noqa: E402
 
-SIZES = (1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000)
+SIZES = tuple(2**20 * millions for millions in (1, 3, 10, 30, 100))
 STD = 0.02
 MEMORY = {
     # glibc: below the first, memory comes from the heap; above the second, what is free goes back to the kernel.

@@ -136,20 +136,24 @@ def _tally_rows(source: torch.Tensor, image: torch.Tensor, clamp: bool, room: to
     source, image = source.view(-1, _ROW), image.view(-1, _ROW)
     zeros = flushed = overflow = non_finite = 0
     max_abs = 0.0
-    for rows in _where(lows == 0):
-        picked, left = source[rows], int(torch.count_nonzero(image[rows]))
-        zeros += picked.numel() - left
-        flushed += int(torch.count_nonzero(picked)) - left
-    bad = highs >= form.infinity
-    for rows in _where(bad):
-        picked = image[rows]
-        found = _count_now(source[rows], picked, clamp)
-        overflow, non_finite = overflow + found.overflow, non_finite + found.non_finite
-        max_abs = max(max_abs, found.max_abs)
-        if clamp and image.dtype != source.dtype:
-            image[rows] = picked
-    peak = highs.masked_fill_(bad, -1).amax()
-    for rows in _where((highs == peak) & ~bad):
+    if lows.amin().item() == 0:
+        for rows in _where(lows == 0):
+            picked, left = source[rows], int(torch.count_nonzero(image[rows]))
+            zeros += picked.numel() - left
+            flushed += int(torch.count_nonzero(picked)) - left
+    peak = highs.amax().item()
+    if peak >= form.infinity:
+        bad = highs >= form.infinity
+        for rows in _where(bad):
+            picked = image[rows]
+            found = _count_now(source[rows], picked, clamp)
+            overflow, non_finite = overflow + found.overflow, non_finite + found.non_finite
+            max_abs = max(max_abs, found.max_abs)
+            if clamp and image.dtype != source.dtype:
+                image[rows] = picked
+        # Less than any pattern: rows that are looked at here are not looked at again.
+        peak = highs.masked_fill_(bad, -1).amax().item()
+    for rows in _where(highs == peak) if peak >= 0 else ():
         max_abs = max(max_abs, source[rows].abs_().amax().item())
     return CastCounts(source.numel(), overflow, flushed, tiny - zeros, non_finite, max_abs)
 
@@ -216,10 +220,13 @@ def _count(source: torch.Tensor, image: torch.Tensor, clamp: bool) -> torch.Tens
 
 def _ones(flags: torch.Tensor) -> int:
     """The sum of a flat tensor of zeros and ones; those of 16 bits are summed as lanes of 64-bit words."""
-    whole = len(flags) // (_LANES * 4) * (_LANES * 4) if flags.element_size() == 2 else 0
-    count = int(flags[whole:].sum(dtype=torch.int32)) if whole < len(flags) else 0
-    if whole:
-        count += int(flags[:whole].view(torch.int64).view(-1, _LANES).sum(1).view(torch.int16).sum())
+    rest = len(flags) % (_LANES * 4) if flags.element_size() == 2 else len(flags)
+    count = 0
+    if rest:
+        flags, remainder = flags.split((len(flags) - rest, rest))
+        count = int(remainder.sum(dtype=torch.int32))
+    if len(flags):
+        count += int(flags.view(torch.int64).view(-1, _LANES).sum(1).view(torch.int16).sum())
     return count
 
 
