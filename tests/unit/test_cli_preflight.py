@@ -211,6 +211,16 @@ def pickled(path: Path) -> Path:
     return path
 
 
+def a_pickled_file(path: Path) -> Path:
+    return pickled(path) / "pytorch_model.bin"
+
+
+def of_a_dead_link(path: Path) -> Path:
+    without_weights(path)
+    (path / "model.safetensors").symlink_to(path / "blob")
+    return path
+
+
 def without_a_shard(path: Path) -> Path:
     make_model(path, shard_of=lambda name: f"model-{len(name) % 2}.safetensors")
     (path / "model-1.safetensors").unlink()
@@ -286,10 +296,12 @@ def twice(path: Path) -> Path:
 
 
 REFUSED = {
-    missing: ("not-there: there is no such file or folder", "hf download"),
+    missing: ("not-there: there is no such file or folder", "Name a Hugging Face model folder"),
     without_anything: ("has no config.json and no safetensors", "Name a Hugging Face model folder"),
     without_weights: ("has a config.json and no weights", "Name a Hugging Face model folder"),
     pickled: ("pytorch_model.bin and no safetensors", "save_pretrained("),
+    a_pickled_file: ("its weights are pytorch_model.bin and no safetensors", "save_pretrained("),
+    of_a_dead_link: ("model.safetensors: safetensors cannot read it (No such file", "Download or save it again"),
     without_a_shard: (f"{INDEX}: it names model-1.safetensors, which is not there", "Download the model again"),
     truncated: ("model.safetensors: safetensors cannot read it (incomplete metadata", "Download or save it again"),
     of_noise: ("model.safetensors: safetensors cannot read it (", "Download or save it again"),
@@ -331,6 +343,12 @@ def test_what_cannot_be_judged_is_one_message_and_no_verdict(make, options, tmp_
     (message,) = [line for line in result.stderr.splitlines() if "reading" not in line]
     assert message.startswith(f"verl-fp16: {tmp_path}")
     assert [text for text in REFUSED[make] if text not in message] == []
+
+
+def test_the_name_of_a_hub_model_says_how_to_download_it():
+    result = CliRunner().invoke(app, ["preflight", "Qwen/Qwen3-0.6B"])
+    assert result.exit_code == 3
+    assert "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", ((), ("model", "--unknown"), ("a", "b")))

@@ -77,7 +77,7 @@ def _preflight(path: Path, every: bool, as_json: bool) -> None:
 
     started = time.monotonic()
     try:
-        model = open_model(path)
+        model = open_model(path.expanduser())
         with one_thread(), _progress(model) as advance:
             reports = []
             for tensor, pieces in read(model):

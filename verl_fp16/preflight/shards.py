@@ -82,10 +82,9 @@ def open_model(path: Path) -> Model:
         ModelError: it is no model, is incomplete or damaged, or is quantized.
     """
     if not path.exists():
-        raise ModelError(
-            f"{path}: there is no such file or folder. A model of the Hugging Face hub has to be downloaded first: "
-            f"hf download {path} --local-dir FOLDER"
-        )
+        raise _not_there(path)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        raise _pickled(path.parent, path.name)
     folder = path if path.is_dir() else path.parent
     config = _config(folder / CONFIG)
     if quantization := config.get("quantization_config"):
@@ -193,9 +192,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        with open(file, "rb") as opened:
-            is_pointer = opened.read(len(_LFS)) == _LFS
-        if is_pointer:
+        if _is_pointer(file):
             raise ModelError(f"{file}: this is a pointer of Git LFS and no model. Run: git lfs pull") from None
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise ModelError(
@@ -216,13 +213,32 @@ def _refuse_quantized(tensor: StoredTensor) -> None:
         )
 
 
+def _is_pointer(file: Path) -> bool:
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
+
+
+def _not_there(path: Path) -> ModelError:
+    message = f"{path}: there is no such file or folder. Name a Hugging Face model folder or a .safetensors file"
+    if not path.is_absolute() and len(path.parts) == 2:
+        message += f"; a model of the hub has to be downloaded first: hf download {path} --local-dir {path.name}"
+    return ModelError(message)
+
+
+def _pickled(folder: Path, name: str) -> ModelError:
+    return ModelError(
+        f'{folder}: its weights are {name} and no safetensors. Convert them: python -c "from transformers import '
+        f"AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"
+        f".save_pretrained('{folder}-safetensors')\""
+    )
+
+
 def _no_safetensors(folder: Path) -> ModelError:
     if any(folder.glob("pytorch_model*.bin*")):
-        return ModelError(
-            f'{folder}: its weights are pytorch_model.bin and no safetensors. Convert them: python -c "from '
-            f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"
-            f".save_pretrained('{folder}-safetensors')\""
-        )
+        return _pickled(folder, "pytorch_model.bin")
     there = f"has a {CONFIG} and no weights" if (folder / CONFIG).is_file() else f"has no {CONFIG} and no safetensors"
     return ModelError(f"{folder}: it is no model: it {there}. Name a Hugging Face model folder or a .safetensors file")
 
