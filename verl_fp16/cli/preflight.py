@@ -158,7 +158,8 @@ def _show(model: Model, reports: list[TensorReport], verdict: Verdict, every: bo
     print_table(columns, rows)
     total = _total(reports)
     rest = f"; shown are the {len(shown)} worst, --all shows every one" if len(shown) < len(reports) else ""
-    typer.echo(f"{len(reports):,} tensors, {total.values:,} weights, {_size(model.size)} in {seconds:.1f} s{rest}")
+    tensors = "1 tensor" if len(reports) == 1 else f"{len(reports):,} tensors"
+    typer.echo(f"{tensors}, {total.values:,} weights, {_size(model.size)} in {seconds:.1f} s{rest}")
     typer.echo(
         f"in FP16 {total.overflow:,} overflow, {total.non_finite:,} were inf or nan before, "
         f"{_part(total.flushed, total)} become zero, {_part(total.subnormal, total)} subnormal; "
