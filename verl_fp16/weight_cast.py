@@ -1,7 +1,9 @@
 """Casting weights to a smaller dtype with a look at what that does to them; pure torch.
 
 torch's cast makes infinity of what is too large and zero of what is too small, without a word. :class:`CheckedCast`
-gives the same image and counts beside it, :mod:`verl_fp16.cast_tally` does the counting.
+gives the same image and counts beside it, :mod:`verl_fp16.cast_tally` does the counting. On a CPU, from ten million
+values on, that takes 1.3 to 1.4 times as long as the cast alone where the image's memory is new, and about twice as
+long where it is not; for fewer values, about a millisecond more (``benchmarks/weight_cast.py``).
 """
 
 from __future__ import annotations
