@@ -13,8 +13,10 @@ import pytest
 from trainer import Run, train
 
 from verl_fp16.export import MARK
+from verl_fp16.quickstart.task import write_parquet
 
-ANSWER_TOKENS = 16
+# Enough of both that BF16, too, has its chance to answer otherwise.
+ANSWER_TOKENS, PROMPTS = 24, 48
 
 
 class Answers(NamedTuple):
@@ -26,8 +28,10 @@ class Answers(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("export")
+    write_parquet(folder / "data", seed=1, train_rows=256, held_out_pairs=PROMPTS)
     done = train(
-        tmp_path_factory.mktemp("export"),
+        folder,
         tiny_model,
         "trainer.save_freq=2",
         "trainer.test_freq=2",
@@ -86,9 +90,8 @@ def answers_of(model: Path, run: Run) -> Answers:
 
 
 def test_the_rollout_says_something(rolled_out):
-    assert len(rolled_out) == 16
-    assert len({prompt for prompt, _ in rolled_out}) == 16
-    assert len({answer for _, answer in rolled_out}) > 1
+    assert len({prompt for prompt, _ in rolled_out}) == PROMPTS
+    assert len({answer for _, answer in rolled_out}) > PROMPTS // 2
 
 
 def test_the_export_answers_as_the_rollout_did(run, rolled_out):
