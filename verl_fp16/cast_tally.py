@@ -16,7 +16,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-CPU_CHUNK = 2**19
+from verl_fp16.recycled_memory import RecycledMemory
+
+CPU_CHUNK = 2**20
 """Elements for each thread: image and scratch stay in the processor's caches."""
 DEVICE_CHUNK = 2**24
 """Elements: enough to hide the start of the kernels, little beside a model."""
@@ -78,18 +80,20 @@ DTYPES = tuple(_FORMATS)
 """What can be rounded."""
 
 
-def empty_image(source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def empty_image(source: torch.Tensor, dtype: torch.dtype, memory: RecycledMemory | None = None) -> torch.Tensor:
     """Room for the image: ``source``'s shape and device, no gaps, dimensions in ``source``'s order in memory."""
-    if source.is_contiguous():
-        return torch.empty_like(source, dtype=dtype)
     order = _order(source)
-    room = torch.empty(source.permute(order).shape, dtype=dtype, device=source.device)
+    shape = source.permute(order).shape
+    if memory and source.device.type == "cpu":
+        room = memory.empty(shape, dtype)
+    else:
+        room = torch.empty(shape, dtype=dtype, device=source.device)
     return room.permute([order.index(dimension) for dimension in range(source.dim())])
 
 
-def scratch(dtype: torch.dtype) -> torch.Tensor:
-    """Memory for :func:`tally_on_cpu` with images of ``dtype``, to be used again: new pages cost as much as a cast."""
-    return torch.empty(CPU_CHUNK * min(torch.get_num_threads(), _MOST_THREADS), dtype=_FORMATS[dtype].bits)
+def scratch(dtype: torch.dtype, memory: RecycledMemory) -> torch.Tensor:
+    """Room for :func:`tally_on_cpu` with images of ``dtype``, to be used for many tensors."""
+    return memory.empty([CPU_CHUNK * min(torch.get_num_threads(), _MOST_THREADS)], _FORMATS[dtype].bits)
 
 
 def tally_on_cpu(source: torch.Tensor, image: torch.Tensor, clamp: bool, room: torch.Tensor) -> CastCounts:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -85,13 +85,13 @@ def _problems(node: Any, key: str = "verl_fp16") -> Iterator[Finding]:
     if complaint := _seconds_complaint(seconds):
         fix = (f"{key}.read_back_timeout_s={Settings.read_back_timeout_s:g}",)
         yield Finding("error", f"{key}.read_back_timeout_s", seconds, complaint, fix)
-    yield from _sync_problems(node.get("sync", {}), f"{key}.sync")
+    yield from _section_problems(node.get("sync", {}), f"{key}.sync", WeightSyncSettings, sync_complaints)
     for place, value, complaint in fault_complaints(node.get("fault_injection", ())):
         where = f"{key}.fault_injection{place}"
         yield Finding("error", where, value, complaint, ("verl_fp16.fault_injection=[]",))
     told = set()
     for name in SCALES:
-        for finding in _scale_problems(node.get(name, {}), f"{key}.{name}"):
+        for finding in _section_problems(node.get(name, {}), f"{key}.{name}", LossScaleSettings, scale_complaints):
             # The critic's follow the actor's: what is said of the one needs no repetition for the other.
             said = finding.key.rpartition(".")[2], repr(finding.value), finding.why
             if name == SCALES[0] or said not in told:
@@ -105,37 +105,25 @@ def _seconds_complaint(value: Any) -> str:
     return f"must be a finite number of seconds above 0, got {value!r}"
 
 
-def _sync_problems(values: Any, key: str) -> Iterator[Finding]:
+def _section_problems(
+    values: Any, key: str, kind: type, complaints: Callable[[Mapping[str, Any]], Iterable[tuple[str, str]]]
+) -> Iterator[Finding]:
+    """What is wrong with the settings of one part, of the dataclass ``kind``."""
     if not isinstance(values, Mapping):
         yield _not_a_mapping(values, key)
         return
-    yield from _unknown_keys(values, WeightSyncSettings, key)
-    given = _with_defaults(values, WeightSyncSettings)
-    for name, complaint in sync_complaints(given):
-        fix = (f"{key}.{name}={written(getattr(WeightSyncSettings, name))}",)
-        yield Finding("error", f"{key}.{name}", given[name], complaint, fix)
-
-
-def _with_defaults(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    yield from _unknown_keys(values, kind, key)
     defaults = {f.name: f.default for f in fields(kind)}
-    return {**defaults, **{name: value for name, value in values.items() if name in defaults}}
-
-
-def _scale_problems(values: Any, key: str) -> Iterator[Finding]:
-    if not isinstance(values, Mapping):
-        yield _not_a_mapping(values, key)
-        return
-    yield from _unknown_keys(values, LossScaleSettings, key)
-    given = _with_defaults(values, LossScaleSettings)
-    for name, complaint in scale_complaints(given):
-        fix = (_default(key, name),)
-        # The default of init may lie outside of these bounds too.
-        fix += tuple(_default(key, bound) for bound in ("min", "max") if f"loss_scale.{bound}" in complaint)
+    given = {**defaults, **{name: value for name, value in values.items() if name in defaults}}
+    for name, complaint in complaints(given):
+        fix = (_default(key, kind, name),)
+        # The default may lie outside of the bounds that are complained of too.
+        fix += tuple(_default(key, kind, bound) for bound in ("min", "max") if f"loss_scale.{bound}" in complaint)
         yield Finding("error", f"{key}.{name}", given[name], complaint, fix)
 
 
-def _default(key: str, name: str) -> str:
-    return f"{key}.{name}={written(getattr(LossScaleSettings, name))}"
+def _default(key: str, kind: type, name: str) -> str:
+    return f"{key}.{name}={written(getattr(kind, name))}"
 
 
 def _not_a_mapping(value: Any, key: str) -> Finding:

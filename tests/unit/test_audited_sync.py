@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from verl_fp16.hooks import audited_sync
-from verl_fp16.hooks.audited_sync import AuditedSync, add_sync_metrics
-from verl_fp16.weight_sync import rank_calls
+from verl_fp16.weight_sync import audited_sync, rank_calls
 from verl_fp16.weight_sync.audit import WeightSyncError
+from verl_fp16.weight_sync.audited_sync import AuditedSync, add_sync_metrics
 from verl_fp16.weight_sync.receiver import WeightReceiver
 
 WEIGHTS = {"norm": torch.linspace(0.1, 1, 8), "gate": torch.linspace(1, 2, 8)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from verl_fp16.cli.output import WRONG_INPUT, fail, print_table
+from verl_fp16.cli.output import fail, print_table
 
 if TYPE_CHECKING:
     from verl_fp16.preflight.shards import Model
@@ -31,15 +31,18 @@ _DISPENSABLE = ("shape", "BF16 error", "stored", "subnormal", "to zero")  # the 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+# click's, or the copy of it that newer releases of typer bring along.
+_UsageError = typer.BadParameter.__base__
+
+
 class _Command(TyperCommand):
     """2 is a verdict here: an unknown option is no UNFIT model."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
-        except Exception as error:
-            if getattr(error, "exit_code", None) == WRONG_INPUT:
-                error.exit_code = CANNOT_TELL
+        except _UsageError as error:
+            error.exit_code = CANNOT_TELL
             raise
 
 

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from verl_fp16 import plugin
-from verl_fp16.hooks import audited_sync
 from verl_fp16.hooks.driver import is_flag_given, read_settings
 from verl_fp16.hooks.stuck_scale import stop_when_stuck
 from verl_fp16.telling import tell
 from verl_fp16.training_step import StepRecord, forget, notify_observers, observe
+from verl_fp16.weight_sync import audited_sync
 
 # In the metrics of every training step, in all of verl's trainers, and not in those of the initial validation.
 STEP_KEY = "training/global_step"

@@ -55,7 +55,7 @@ def audit_update(original: Callable[..., Any]) -> Callable[..., Any]:
     async def update_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not plugin.flag_given:
             return await inner(self, *args, **kwargs)
-        from verl_fp16.hooks.audited_sync import AuditedSync
+        from verl_fp16.weight_sync.audited_sync import AuditedSync
 
         sync = self.__dict__.setdefault("_verl_fp16_sync", AuditedSync(self))
         sync.before()

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from verl_fp16.ranks import rank_and_world_size
+from verl_fp16.recycled_memory import RecycledMemory
 from verl_fp16.weight_cast import CheckedCast
 from verl_fp16.weight_sync.digest import as_unsigned, stream_digest
 from verl_fp16.weight_sync.update_sample import UpdateSample
@@ -53,6 +54,8 @@ class WeightSender:
         self._streamed_as: dict[str, list[str]] = {}
         self._samples = UpdateSample(dtype)
         self._digests_wanted = False
+        # Two or three images of the largest tensor, or shard, where it is on the CPU, for as long as the run lasts.
+        self._memory = RecycledMemory()
         self._rounds: list[_Round] = []
 
     def learn(self, learned: Learned | None) -> None:
@@ -67,7 +70,7 @@ class WeightSender:
     def begin(self) -> None:
         """A stream of weights begins; LoRA's first sync has two, of which the second is taken first."""
         # Of syncs that nobody asks for a report of, nothing piles up.
-        self._rounds = [*self._rounds[-1:], _Round(self.dtype, self._on_overflow)]
+        self._rounds = [*self._rounds[-1:], _Round(self.dtype, self._on_overflow, self._memory)]
 
     def images(self, params: Mapping[str, torch.Tensor], device: Any) -> Mapping[str, torch.Tensor]:
         """``params`` with whole tensors, ready to be sent, made one at a time as the items are taken.
@@ -168,10 +171,10 @@ def _is_first_copy(param: DTensor) -> bool:
 class _Round:
     """One stream: what was cast for it, and what went into it."""
 
-    def __init__(self, dtype: torch.dtype, on_overflow: str) -> None:
-        self.counted = CheckedCast(dtype, on_overflow)
+    def __init__(self, dtype: torch.dtype, on_overflow: str, memory: RecycledMemory) -> None:
+        self.counted = CheckedCast(dtype, on_overflow, memory)
         # Of what another rank counts.
-        self.copies = CheckedCast(dtype, on_overflow)
+        self.copies = CheckedCast(dtype, on_overflow, memory)
         self.bytes = 0
         self.now = ""
         self.streamed_as: dict[str, list[str]] = {}
