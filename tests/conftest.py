@@ -12,15 +12,25 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 of 0.1 M parameters with a byte-level tokenizer, random weights, seed 0."""
+    return _save_tiny(tmp_path_factory.mktemp("tiny-model"), "Qwen3")
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with four experts, of which each token takes two."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    return _save_tiny(tmp_path_factory.mktemp("tiny-moe-model"), "Qwen3Moe", **experts)
+
+
+def _save_tiny(path: Path, architecture: str, **more: object) -> Path:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     from verl_fp16.quickstart.tokenizer import VOCABULARY_SIZE, build_tokenizer
 
-    path = tmp_path_factory.mktemp("tiny-model")
     tokenizer = build_tokenizer(path)
     torch.manual_seed(0)
-    config = Qwen3Config(
+    config = getattr(transformers, f"{architecture}Config")(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=64,
         intermediate_size=128,
@@ -33,8 +43,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
+        **more,
     )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(path)
     return path
 
 

@@ -9,6 +9,11 @@ import torch
 from trainer import Run, train
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# transformers packs experts as vLLM does, under other names.
+_PACKED = {
+    "experts.routed_experts.w13_weight": "experts.gate_up_proj",
+    "experts.routed_experts.w2_weight": "experts.down_proj",
+}
 
 
 def train_with_dumps(folder: Path, model: Path, *overrides: str) -> Run:
@@ -46,10 +51,14 @@ def dumped(run: Run, what: str) -> dict[int, list[dict[str, torch.Tensor]]]:
 def fused(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """The master of a parameter of vLLM's: its parts, in vLLM's order, in float16."""
     name = name.replace(".base_layer.", ".")
+    for theirs, packed in _PACKED.items():
+        name = name.replace(theirs, packed)
+    if name in state:
+        return state[name].to(torch.float16)
     for whole, parts in _FUSED.items():
         if whole in name:
             return torch.cat([state[name.replace(whole, part)] for part in parts]).to(torch.float16)
-    return state[name].to(torch.float16)
+    raise KeyError(name)
 
 
 def check_held(held: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:

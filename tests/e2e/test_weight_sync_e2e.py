@@ -24,14 +24,16 @@ CASES = {
     "fsdp2 1 rank": (),
     "fsdp1 1 rank": FSDP1,
     "fsdp1 2 ranks": (*FSDP1, *TWO_RANKS),
+    "experts": (),
+    "experts fsdp1 2 ranks": (*FSDP1, *TWO_RANKS),
 }
 
 
 @pytest.mark.parametrize(
     "case", [case if i < 1 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(CASES)]
 )
-def test_vllm_holds_the_masters_in_float16(case, tiny_model, tmp_path):
-    run = train_with_dumps(tmp_path, tiny_model, *CASES[case])
+def test_vllm_holds_the_masters_in_float16(case, tiny_model, tiny_moe_model, tmp_path):
+    run = train_with_dumps(tmp_path, tiny_moe_model if "experts" in case else tiny_model, *CASES[case])
     check_nothing_left(run)
     check_rollout_holds_masters(run, ranks=2 if "2 ranks" in case else 1)
 
@@ -51,17 +53,19 @@ def opinionated_model(tiny_model, tmp_path_factory):
 FAULTS = {
     "stale_packed_weight": "rollout replica 0 holds the weights and computes with others",
     "flipped_bit": "does not hold what it got: model.layers.1.mlp.gate_proj.weight (in model.layers.1.mlp.gate_up_proj",
-    "swapped_on_the_way": "has other values than actor rank 0 sent: model.layers.0.mlp.gate_proj.weight, "
-    "model.layers.0.mlp.up_proj.weight",
+    "swapped_experts": "has other values than actor rank 0 sent: model.layers.0.mlp.experts.1.gate_proj.weight, "
+    "model.layers.0.mlp.experts.1.up_proj.weight, model.layers.0.mlp.experts.3.gate_proj.weight",
 }
 
 
 @pytest.mark.parametrize(
     "fault", [fault if i == 0 else pytest.param(fault, marks=pytest.mark.slow) for i, fault in enumerate(FAULTS)]
 )
-def test_a_run_with_a_fault_in_its_sync_stops_before_it_rolls_out(fault, tiny_model, opinionated_model, tmp_path):
+def test_a_run_with_a_fault_in_its_sync_stops_before_it_rolls_out(
+    fault, tiny_model, tiny_moe_model, opinionated_model, tmp_path
+):
     """Each is seen by one part of the audit; its message is the only one."""
-    model = opinionated_model if fault == "stale_packed_weight" else tiny_model
+    model = {"stale_packed_weight": opinionated_model, "swapped_experts": tiny_moe_model}.get(fault, tiny_model)
     env = {"SYNC_FAULT": fault, "VERL_USE_EXTERNAL_MODULES": "sync_faults"}
     run = train(tmp_path, model, env=env)
     assert run.result.returncode == 1, "it ended by itself"
