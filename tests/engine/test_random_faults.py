@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
+from engines import STRATEGIES, make_engine, same, state_of
 from ranks import on_ranks
-from test_skips import STRATEGIES, make_engine, same, state_of
 
 # Of each strategy.
 FAULTS, MINI_BATCHES = 520, 800

@@ -1,66 +1,15 @@
-"""Skipped updates in verl's real engine and worker: what is left untouched, told, counted, saved and resumed."""
+"""Skipped updates in verl's real engine and worker: what is left untouched, told and counted."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from engines import PARAMETER, STRATEGIES, make_engine, mine, run_calls, same, skips_in, state_of, train
 from ranks import on_ranks
 
-STRATEGIES = ("fsdp", "fsdp2")
-SEQUENCES = [list(range(start, start + 6 + start % 5)) for start in range(8)]
-PARAMETER = "model.layers.1.mlp.gate_proj.weight"  # FSDP1, too, has a part of it on each of two ranks
 ADAMS = {"foreach": {"foreach": True}, "fused": {"fused": True}}
-
-
-def make_engine(model: str, strategy: str, *, faults=(), folder=None, scale=None, optimizer=None, **kwargs):
-    from verl_fp16 import standalone
-
-    torch.manual_seed(0)
-    precision = standalone.mixed_precision("float16", loss_scale=scale, fault_injection=faults, folder=folder)
-    return standalone.build_engine(model, precision=precision, strategy=strategy, optimizer=optimizer, **kwargs)
-
-
-def mine() -> list:
-    import torch.distributed as dist
-
-    return SEQUENCES[dist.get_rank() :: dist.get_world_size()]
-
-
-def train(engine, last_of_step: bool = True, **kwargs) -> dict:
-    from verl_fp16 import standalone
-
-    batch = standalone.make_batch(mine(), micro_batch_size=max(1, len(mine()) // 2), last_of_step=last_of_step)
-    return standalone.train_step(engine, batch, **kwargs)
-
-
-def state_of(engine) -> list[tuple[str, torch.Tensor]]:
-    """This rank's master weights and optimizer state, step counters too."""
-    found = []
-    for group in engine.optimizer.param_groups:
-        for number, parameter in enumerate(group["params"]):
-            tensors = {"weight": parameter, **engine.optimizer.state.get(parameter, {})}
-            for name, tensor in sorted(tensors.items()):
-                local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-                found.append((f"{number} {name}", local.detach().clone()))
-    return found
-
-
-def same(a: list, b: list) -> bool:
-    return [n for n, _ in a] == [n for n, _ in b] and all(
-        torch.equal(x, y) for (_, x), (_, y) in zip(a, b, strict=True)
-    )
-
-
-def skips_in(folder: str, role: str = "actor") -> list[dict]:
-    file = Path(folder) / "verl_fp16" / f"skips-{role}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def run_calls(calls: dict[str, tuple]) -> dict:
-    return {name: globals()[function](*arguments) for name, (function, *arguments) in calls.items()}
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +24,11 @@ def two_ranks(tiny_model, tmp_path_factory, folder) -> list[dict]:
         for name, arguments in ADAMS.items():
             calls[f"fault {strategy} {name}"] = ("fault_on_both_ranks", model, strategy, arguments)
         calls[f"rank {strategy}"] = ("faults_of_single_ranks", model, strategy, str(folder / strategy))
-        calls[f"resume {strategy}"] = ("killed_and_resumed", model, strategy, str(folder / f"saved-{strategy}"))
     calls["offload"] = ("fault_under_offload", model)
     calls["lora"] = ("fault_with_lora", model)
     calls["no gradient"] = ("a_rank_without_gradients", model)
     calls["bad fault"] = ("fault_nobody_holds", model)
-    calls["different states"] = ("different_states", model, str(folder / "saved-fsdp2"))
-    return on_ranks(2, run_calls, calls, folder=tmp_path_factory.mktemp("two-ranks"))
+    return on_ranks(2, run_calls, __name__, calls, folder=tmp_path_factory.mktemp("two-ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +41,8 @@ def one_rank(tiny_model, tmp_path_factory, folder) -> dict:
     calls["critic"] = ("critic_with_faults", model, str(folder / "critic"))
     calls["schedule"] = ("schedule_over_skips", model)
     calls["worker"] = ("metrics_of_verls_worker", model)
-    calls["plain"] = ("to_and_from_plain_verl", model, str(folder / "plain"))
     calls["half base"] = ("adapters_on_a_half_precision_base", model)
-    return on_ranks(1, run_calls, calls, folder=tmp_path_factory.mktemp("one-rank"))[0]
+    return on_ranks(1, run_calls, __name__, calls, folder=tmp_path_factory.mktemp("one-rank"))[0]
 
 
 def fault_on_both_ranks(model: str, strategy: str, adam: dict) -> dict:
@@ -448,111 +394,6 @@ def test_a_fault_that_cannot_be_planted_is_an_error_on_all_ranks_that_lists_what
         nobody, nowhere = rank["bad fault"]
         assert "rank 1 of the actor holds no gradient of 'lm_heat'; it holds those of lm_head.weight, model." in nobody
         assert "rank 2: the actor has ranks 0 to 1" in nowhere
-
-
-def killed_and_resumed(model: str, strategy: str, folder: str) -> dict:
-    """Eight updates with faults; and four of them, a checkpoint, and four more in a new engine."""
-    faults = [{"target": "gradient", "parameter": PARAMETER, "rank": 1, "updates": [2, 3, 5]}]
-    settings = {"growth_interval": 1}
-    cosine = {"lr_scheduler_type": "cosine", "total_training_steps": 10}
-
-    def engine():
-        return make_engine(model, strategy, faults=faults, scale=settings, optimizer=cosine)
-
-    def steps(engine, count: int) -> list:
-        told = []
-        for _ in range(count):
-            metrics = train(engine)
-            counts = [metrics[name] for name in ("loss_scale", "skipped_total", "skipped_steps", "applied_steps")]
-            told.append((*counts, engine.lr_scheduler_step()))
-        return told
-
-    whole = engine()
-    told = steps(whole, 8)
-    first = engine()
-    steps(first, 4)
-    first.save_checkpoint(folder, global_step=4)
-    resumed = engine()
-    resumed.load_checkpoint(folder)
-    again = steps(resumed, 4)
-    files = sorted(path.name for path in Path(folder).glob("loss_scale*"))
-    return {"same": same(state_of(whole), state_of(resumed)), "told": told, "again": again, "files": files}
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_killed_and_resumed_is_bit_identical_to_uninterrupted(two_ranks, strategy):
-    for rank in two_ranks:
-        seen = rank[f"resume {strategy}"]
-        assert seen["same"]
-        assert seen["again"] == seen["told"][4:]
-        assert seen["files"] == ["loss_scale_world_size_2_rank_0.json", "loss_scale_world_size_2_rank_1.json"]
-        assert [scale for (scale,), *_ in seen["told"]] == [2.0**power for power in (17, 16, 15, 16, 15, 16, 17, 18)]
-        assert [applied for *_, (applied,), _ in seen["again"]] == [0, 1, 1, 1]
-        assert seen["again"][0][-1] == seen["told"][3][-1], "the first update after the resume is skipped, and held"
-
-
-def different_states(model: str, folder: str) -> str:
-    import torch.distributed as dist
-
-    from verl_fp16.loss_scaling import LossScaleStateError
-    from verl_fp16.scaler_checkpoint import load_scaler, state_file
-
-    engine = make_engine(model, "fsdp2")
-    told = []
-    for damage in ('{"format": 1, "scale": 2.0}', "{", None):
-        file = state_file(folder, dist.get_rank(), 2)
-        kept = file.read_text()
-        if dist.get_rank() == 1:
-            file.write_text(damage) if damage else file.unlink()
-        dist.barrier()
-        try:
-            load_scaler(engine.scaler, folder)
-        except LossScaleStateError as error:
-            told.append(str(error))
-        dist.barrier()
-        file.write_text(kept)
-    return told
-
-
-def test_ranks_that_find_different_states_all_stop_and_say_which(two_ranks):
-    for rank in two_ranks:
-        different, unreadable, missing = rank["different states"]
-        assert "different loss-scale states" in different and "rank 0: " in different and "rank 1: " in different
-        assert "rank_1.json cannot be read" in unreadable
-        assert "rank 1: None" in missing
-
-
-def to_and_from_plain_verl(model: str, folder: str) -> dict:
-    """A checkpoint of ours in a plain engine and the other way round."""
-    import contextlib
-    import io
-
-    from verl_fp16 import standalone
-
-    def plain():
-        precision = standalone.mixed_precision("float32")
-        del precision["verl_fp16"]
-        return standalone.build_engine(model, precision=precision)
-
-    ours = make_engine(model, "fsdp2")
-    train(ours)
-    ours.save_checkpoint(f"{folder}/ours")
-    stock = plain()
-    stock.load_checkpoint(f"{folder}/ours")
-    taken = same(state_of(ours), state_of(stock))
-    stock.save_checkpoint(f"{folder}/plain")
-    said = io.StringIO()
-    resumed = make_engine(model, "fsdp2", scale={"init": 128.0})
-    with contextlib.redirect_stderr(said):
-        resumed.load_checkpoint(f"{folder}/plain")
-    files = [path.name for path in Path(f"{folder}/plain").glob("loss_scale*")]
-    return {"taken": taken, "back": same(state_of(stock), state_of(resumed)), "said": said.getvalue(), "files": files}
-
-
-def test_checkpoints_go_to_plain_verl_and_come_back_with_a_notice(one_rank):
-    seen = one_rank["plain"]
-    assert seen["taken"] and seen["back"] and seen["files"] == []
-    assert "as plain verl saves none: it goes on from 128" in seen["said"]
 
 
 def adapters_on_a_half_precision_base(model: str) -> dict:
