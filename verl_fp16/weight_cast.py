@@ -144,7 +144,10 @@ def overflow_message(counts: Mapping[str, CastCounts], dtype: torch.dtype) -> st
         for name in order
     ]
     fault = f"beyond the range of {str(dtype).removeprefix('torch.')} ({torch.finfo(dtype).max:.6g})"
-    ways = "train and roll out in bfloat16, or, if these few may be cut to the largest number, cast with 'clamp'"
+    ways = (
+        "train and roll out in bfloat16, or, if these few may be cut to the largest number, cut them in the checkpoint "
+        "('clamp' cuts what is cast here; a forward pass in the same dtype makes inf of the weights themselves)"
+    )
     return _message(sum(c.overflow for c in found.values()), fault, told, ways)
 
 
@@ -153,7 +156,7 @@ def non_finite_message(counts: Mapping[str, CastCounts]) -> str:
     found = {name: c for name, c in counts.items() if c.non_finite}
     order = sorted(found, key=lambda name: found[name].non_finite, reverse=True)
     told = [f"{name} ({found[name].non_finite:,} of {found[name].values:,})" for name in order]
-    ways = "they were so before the cast: go back to a checkpoint that is finite"
+    ways = "the weights themselves are, not their images: go back to a checkpoint that is finite"
     return _message(sum(c.non_finite for c in found.values()), "inf or nan", told, ways)
 
 

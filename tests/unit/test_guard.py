@@ -16,6 +16,7 @@ from verl_fp16.guard import model
 from verl_fp16.guard.case import ROLES
 from verl_fp16.guard.roles import payload
 from verl_fp16.settings import LossScaleSettings, Settings
+from verl_fp16.weight_sync_settings import WeightSyncSettings
 
 ACTOR, REF, CRITIC = (role.engine for role in ROLES)
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -179,6 +180,7 @@ def test_every_rule_is_among_these_or_has_a_test_of_its_own():
     """A rule that nothing here sets off could be lost unseen."""
     own = {"idle_scaler", "float16_fits", "temperature_of_raw_log_probs", "teachers", "merged_lora"}
     own |= {"entry_point", "trainers", "quantized_model", "static_scale", "planted_faults", "idle_critic_scale"}
+    own |= {"large_weights"}
     config, settings = configuration()
     cases = [guard.Case(apply(config, (row[0],)), settings, "0.9.1") for row in CONTRADICTIONS]
     assert {rule.__name__ for rule in guard.RULES if not any(list(rule(case)) for case in cases)} == own
@@ -299,6 +301,16 @@ def test_settings_that_move_a_static_scale_are_warned_of():
     assert check((), settings=Settings(loss_scale=dynamic, critic_loss_scale=static))[0].key.endswith(
         "critic_loss_scale.max"
     ), "its interval is the actor's, who reads it"
+
+
+@pytest.mark.parametrize("policy", ("clamp", "ignore"))
+def test_large_weights_that_the_actor_itself_cannot_hold_are_warned_of(policy):
+    sync = WeightSyncSettings(on_overflow=policy)
+    (found,) = check((), settings=Settings(sync=sync))
+    assert (found.severity, found.key) == ("warning", "verl_fp16.sync.on_overflow")
+    assert "the actor computes in float16 too" in found.why
+    assert check((), settings=Settings("bfloat16", "float16", sync=sync), train="bfloat16") == []
+    assert check((), settings=Settings(sync=WeightSyncSettings())) == []
 
 
 def test_planted_faults_are_refused_unless_the_environment_allows_them(monkeypatch):

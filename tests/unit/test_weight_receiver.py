@@ -208,7 +208,14 @@ def test_the_probe_is_judged_on_its_mean():
     (fault,) = audit.probe_fault(trained, {"replica 0": trained, "replica 1": [-1.0, -2.5, -3.0]}, 0.05)
     assert fault.startswith("replica 1 holds the weights and computes with others: over 3 tokens")
     assert "0.167 nats" in fault and "verl_fp16.sync.probe_tolerance allows 0.05" in fault
-    assert list(audit.probe_fault(trained, {"replica 0": [float("nan")] * 3}, 0.05))
+
+
+def test_a_probe_that_is_not_finite_tells_whose_it_is():
+    fine, broken = [-1.0, -2.0, -3.0], [-1.0, float("nan"), -3.0]
+    (fault,) = audit.probe_fault(fine, {"replica 0": broken, "replica 1": fine}, 0.05)
+    assert fault == "replica 0 holds the weights, and its log-probabilities of the probe's tokens are not finite"
+    (fault,) = audit.probe_fault(broken, {"replica 0": broken, "replica 1": fine}, 0.05)
+    assert fault.startswith("the actor's own log-probabilities of the probe's tokens are not finite")
 
 
 def test_metrics_are_sums_over_ranks_and_the_largest_magnitude():

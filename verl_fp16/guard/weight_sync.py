@@ -60,4 +60,16 @@ def adapters_of_fsdp1(case: Case) -> Iterator[Finding]:
         yield Finding("error", key, "fsdp", why, fix, "or actor_rollout_ref.model.lora.merge=true")
 
 
-RULES = (backend, merged_lora, adapters_of_fsdp1)
+def large_weights(case: Case) -> Iterator[Finding]:
+    """``verl_fp16.sync.on_overflow``: what is done to weights on their way does nothing for the actor itself."""
+    policy = case.settings.sync.on_overflow if case.settings else "error"
+    if policy != "error" and case.settings.train_dtype == case.rollout:
+        why = (
+            f"it is about what is sent and exported: the actor computes in {case.rollout} too, and makes inf of such "
+            "weights itself. Where there are any, cut them in the checkpoint, or train in bfloat16"
+        )
+        key = "verl_fp16.sync.on_overflow"
+        yield Finding("warning", key, policy, why, (f"{key}=error",))
+
+
+RULES = (backend, merged_lora, adapters_of_fsdp1, large_weights)

@@ -6,6 +6,7 @@ Plain Python. A sender's report is :meth:`~verl_fp16.weight_sync.sender.WeightSe
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -66,9 +67,19 @@ def unchecked(receivers: Named) -> Iterator[str]:
 
 def probe_fault(trained: Sequence[float], rolled_out: Mapping[str, Sequence[float]], limit: float) -> Iterator[str]:
     """Rollouts whose log-probabilities of the probe's tokens are too far from the actor's on average, in nats."""
+    if not all(map(math.isfinite, trained)):
+        yield (
+            "the actor's own log-probabilities of the probe's tokens are not finite: its forward pass overflows. "
+            "`verl-fp16 preflight MODEL` tells whether weights are beyond float16's range; if so, cut them in the "
+            "checkpoint, or train in bfloat16"
+        )
+        return
     for who, log_probs in rolled_out.items():
+        if not all(map(math.isfinite, log_probs)):
+            yield f"{who} holds the weights, and its log-probabilities of the probe's tokens are not finite"
+            continue
         mean = probe_distance(trained, log_probs)
-        if not mean <= limit:  # also where it is nan
+        if mean > limit:
             yield (
                 f"{who} holds the weights and computes with others: over {len(log_probs)} tokens its log-probabilities "
                 f"are {mean:.3g} nats from the actor's on average, and verl_fp16.sync.probe_tolerance allows {limit:g} "
