@@ -91,9 +91,10 @@ def empty_image(source: torch.Tensor, dtype: torch.dtype, memory: RecycledMemory
     return room.permute([order.index(dimension) for dimension in range(source.dim())])
 
 
-def scratch(dtype: torch.dtype, memory: RecycledMemory) -> torch.Tensor:
-    """Room for :func:`tally_on_cpu` with images of ``dtype``, to be used for many tensors."""
-    return memory.empty([CPU_CHUNK * min(torch.get_num_threads(), _MOST_THREADS)], _FORMATS[dtype].bits)
+def scratch(dtype: torch.dtype) -> torch.Tensor:
+    """Memory for :func:`tally_on_cpu` with images of ``dtype``, to be used again: new pages cost as much as a cast."""
+    size = CPU_CHUNK * min(torch.get_num_threads(), _MOST_THREADS)
+    return torch.empty(size, dtype=_FORMATS[dtype].bits, device="cpu")
 
 
 def tally_on_cpu(source: torch.Tensor, image: torch.Tensor, clamp: bool, room: torch.Tensor) -> CastCounts:
@@ -124,7 +125,7 @@ def _tally_rows(source: torch.Tensor, image: torch.Tensor, clamp: bool, room: to
     the largest magnitude.
     """
     form = _FORMATS[image.dtype]
-    lows, highs = torch.empty(2, len(source) // _ROW, dtype=form.bits)
+    lows, highs = torch.empty(2, len(source) // _ROW, dtype=form.bits, device="cpu")
     tiny = 0
     chunks = (tensor.split(len(room)) for tensor in (source, image, image.view(form.bits)))
     extremes = (tensor.split(len(room) // _ROW) for tensor in (lows, highs))
@@ -187,7 +188,7 @@ def tally_on_device(source: torch.Tensor, image: torch.Tensor, clamp: bool) -> t
 def counts_from(numbers: Sequence[int], source: torch.dtype) -> CastCounts:
     """Counts from what was read of :func:`tally_on_device`'s numbers, for a tensor of the dtype ``source``."""
     values, bad_images, tiny_images, zero_images, bad, zeros, largest = numbers
-    bits = torch.tensor(largest, dtype=_FORMATS[source].bits)
+    bits = torch.tensor(largest, dtype=_FORMATS[source].bits, device="cpu")
     return CastCounts(
         values=values,
         overflow=bad_images - bad,
@@ -280,6 +281,10 @@ def _split(source: torch.Tensor, image: torch.Tensor, size: int) -> Iterator[tup
     if source.numel() <= size:
         yield source, image
         return
-    step = max(1, size * len(source) // source.numel())
+    step = size * len(source) // source.numel()
+    if step == 0:  # one slice alone is larger
+        for part, rounded in zip(source, image, strict=True):
+            yield from _split(part, rounded, size)
+        return
     for start in range(0, len(source), step):
-        yield from _split(source[start : start + step], image[start : start + step], size)
+        yield source[start : start + step], image[start : start + step]

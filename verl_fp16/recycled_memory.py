@@ -12,21 +12,26 @@ from collections.abc import Sequence
 
 import torch
 
+_KEPT = 3
+
 
 class RecycledMemory:
     """Gives tensors on the CPU the memory of earlier ones, once nothing of these, no view either, is left.
 
-    What it keeps for that is as much as was in use at once, and at most as many blocks of the largest size.
+    Three free blocks are kept at most, and a tensor gets none that is more than twice its size. For one thread at a
+    time. The tensors' storages cannot be resized; torch makes them by way of numpy.
     """
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
+        self.scratch: torch.Tensor | None = None
+        """For who wants to keep one more tensor with it; not touched here."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor, not initialised, aligned as torch aligns its own."""
         count = math.prod(shape)
         if count == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         block = self._block(count * dtype.itemsize)
         # A tensor's storage holds what it was made of: when that goes, so has the last tensor that shared it.
         lease = memoryview(block.numpy())
@@ -34,9 +39,11 @@ class RecycledMemory:
         return torch.frombuffer(lease, dtype=dtype, count=count).view(tuple(shape))
 
     def _block(self, size: int) -> torch.Tensor:
-        fitting = [index for index, block in enumerate(self._free) if len(block) >= size]
-        if fitting:
-            return self._free.pop(min(fitting, key=lambda index: len(self._free[index])))
-        if self._free:
-            self._free.pop()  # makes room for the larger one
-        return torch.empty(size, dtype=torch.uint8)
+        self._free.sort(key=len)
+        del self._free[:-_KEPT]
+        for index, block in enumerate(self._free):
+            if size <= len(block) <= 2 * size:
+                return self._free.pop(index)
+        if len(self._free) == _KEPT:
+            del self._free[0]
+        return torch.empty(size, dtype=torch.uint8, device="cpu")

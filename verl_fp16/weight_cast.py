@@ -2,10 +2,11 @@
 
 torch's cast makes infinity of what is too large and zero of what is too small, without a word. :class:`CheckedCast`
 gives the same image and counts beside it, :mod:`verl_fp16.cast_tally` does the counting. On a CPU the counting takes
-about as long as the cast, and a millisecond for small tensors; memory matters more. Images that are let go one after
-another share theirs (:mod:`verl_fp16.recycled_memory`), so that from 32 MiB on this is twice as fast as
-``tensor.to(torch.float16)``, whose pages are new each time; where images are kept, it takes 1.3 to 1.6 times as long
-from ten million values on (``benchmarks/weight_cast.py``).
+about as long as the cast, and a millisecond for small tensors: 2 to 4 times as long as ``tensor.to(torch.float16)``
+alone for 1 to 10 million values. Beyond that memory matters more. Images that are let go one after another share theirs
+(:mod:`verl_fp16.recycled_memory`), which with glibc's allocator makes this twice as fast as ``to`` for images of more
+than 32 MiB, whose pages are new each time; where images are kept, it takes 1.3 to 1.6 times as long from ten million
+values on (``benchmarks/weight_cast.py``).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class CheckedCast:
     Args:
         dtype: what is cast to: float16, bfloat16 or float32.
         on_overflow: one of :data:`OVERFLOW_POLICIES`.
-        memory: where images on the CPU get theirs from, for several casts after each other.
+        memory: where images on the CPU get theirs from, for several casts to ``dtype`` after each other.
 
     Raises:
         ValueError: another dtype or policy.
@@ -62,7 +63,6 @@ class CheckedCast:
             raise ValueError(f"on_overflow must be one of {', '.join(OVERFLOW_POLICIES)}, got {on_overflow!r}")
         self.dtype = dtype
         self.on_overflow = on_overflow
-        self._room: torch.Tensor | None = None
         self._memory = memory or RecycledMemory()
         self._counted: list[tuple[str, CastCounts] | _Pending] = []
 
@@ -86,9 +86,9 @@ class CheckedCast:
         image = source if source.dtype == self.dtype else empty_image(source, self.dtype, self._memory)
         clamp = self.on_overflow == "clamp"
         if tensor.device.type == "cpu":
-            if self._room is None:
-                self._room = scratch(self.dtype, self._memory)
-            self._counted.append((name, tally_on_cpu(source, image, clamp, self._room)))
+            if self._memory.scratch is None:
+                self._memory.scratch = scratch(self.dtype)
+            self._counted.append((name, tally_on_cpu(source, image, clamp, self._memory.scratch)))
         else:
             self._counted.append(_Pending(name, source.dtype, tally_on_device(source, image, clamp)))
         return tensor if image is source else image

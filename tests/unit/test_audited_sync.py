@@ -167,6 +167,27 @@ def test_other_policies_go_on_and_count(run, policy):
     assert run.rollout.held["norm"][0] == (65504.0 if policy == "clamp" else float("inf"))
 
 
+def test_a_stream_that_changes_on_the_way_stops_the_run(run):
+    run.sync.before()
+    run.rollout.load([(name, tensor + 1) for name, tensor in run.rank.stream()])
+    with pytest.raises(WeightSyncError, match="has other values than actor rank 0 sent: gate, norm|norm, gate"):
+        run.sync.after()
+
+
+def test_a_weight_that_changes_after_it_was_loaded_stops_the_run(run):
+    run.sync.before()
+    run.rollout.load(run.rank.stream())
+    run.rollout.held["norm"][3] += 1
+    with pytest.raises(WeightSyncError, match=r"does not hold what it got: norm \(in norm\)"):
+        run.sync.after()
+
+
+def test_what_was_left_out_is_told_once(run):
+    run.rollout.held["spare"] = torch.nn.Parameter(torch.ones(3))
+    sync(run), sync(run), sync(run)
+    assert sum("did not write: spare" in line for line in run.told) == 1
+
+
 def test_a_stale_kernel_is_told_by_the_probe(run):
     run.rollout.probe = lambda tokens: [-3.0, -4.0]
     with pytest.raises(WeightSyncError, match="rollout replica 0 holds the weights and computes with others"):

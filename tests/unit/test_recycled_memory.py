@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from verl_fp16.recycled_memory import RecycledMemory
+from verl_fp16.weight_cast import CheckedCast
 
 
 def test_a_tensor_takes_the_place_of_one_that_is_gone():
@@ -17,7 +18,7 @@ def test_a_tensor_takes_the_place_of_one_that_is_gone():
     where = first.data_ptr()
     del first
     assert memory.empty((2048,), torch.float16).data_ptr() == where
-    assert memory.empty((512,), torch.float32).data_ptr() == where
+    assert memory.empty((512,), torch.float32).data_ptr() == where, "half of it is enough"
 
 
 @pytest.mark.parametrize(
@@ -46,14 +47,31 @@ def test_whatever_shares_the_memory_keeps_it(hold):
     assert memory.empty((64, 32), torch.float16).data_ptr() == where
 
 
-def test_what_is_kept_is_bounded_by_what_was_in_use_at_once():
+def test_what_is_kept_is_bounded():
     memory = RecycledMemory()
-    previous = None
-    for size in (10, 1000, 10, 500, 4000, 3, 4000, 2000, 8000, 8000):
-        image = memory.empty((size,), torch.float16)
-        previous = image  # as a consumer does, which holds one while it asks for the next
-    del image, previous
-    assert sorted(len(block) for block in memory._free) == [16000, 16000]
+    held = [memory.empty((1000 * size,), torch.float16) for size in (1, 1, 8, 8, 8, 8)]
+    del held
+    memory.empty((8000,), torch.float16)
+    assert sorted(len(block) for block in memory._free) == [16000, 16000, 16000]
+
+
+def test_a_small_tensor_takes_no_large_block():
+    memory = RecycledMemory()
+    large = memory.empty((8000,), torch.float16)
+    where = large.data_ptr()
+    del large
+    small = memory.empty((3999,), torch.float16)
+    assert small.data_ptr() != where and small.untyped_storage().nbytes() == 2 * 3999
+    again = memory.empty((4000,), torch.float16)
+    assert again.data_ptr() == where and again.untyped_storage().nbytes() == 2 * 4000
+
+
+def test_a_default_device_makes_no_difference():
+    with torch.device("meta"):
+        assert RecycledMemory().empty((2, 3), torch.float16).device.type == "cpu"
+        assert RecycledMemory().empty((0, 3), torch.float16).device.type == "cpu"
+        source = torch.ones(3000, device="cpu")
+        assert CheckedCast()("w", source).device.type == "cpu"
 
 
 def test_tensors_look_like_torchs_own():

@@ -239,8 +239,9 @@ def test_policies_on_overflow(policy, image, raises):
         cast.check()
     assert str(error.value) == (
         "2 weights are beyond the range of float16 (65504), in 1 tensor: model.norm.weight (2 of 3, largest magnitude "
-        "1e+09). Fix: train and roll out in bfloat16, or, if these few may be cut to the largest number, cast with "
-        "'clamp'"
+        "1e+09). Fix: train and roll out in bfloat16, or, if these few may be cut to the largest number, cut them "
+        "in the checkpoint ('clamp' cuts what is cast here; a forward pass in the same dtype makes inf of the weights "
+        "themselves)"
     )
 
 
@@ -280,6 +281,23 @@ def test_overflow_and_faults_are_told_together():
     first, second = str(error.value).splitlines()
     assert "beyond the range" in first and "a (2 of 3" in first
     assert "1 weight is inf or nan" in second and "b (1 of 1)" in second
+
+
+@pytest.mark.parametrize("gapped", (
+    torch.randn(2, 19000)[:, ::2],
+    torch.randn(2, 150, 96)[:, :, :70],
+    torch.randn(1, 1, 3, 3000)[..., 1::2],
+    torch.tensor(1.5).expand(1, 15000),
+    torch.randn(9000, 2)[:, 1],
+))  # fmt: skip
+def test_slices_larger_than_a_chunk(gapped, monkeypatch):
+    monkeypatch.setattr(cast_tally, "CPU_CHUNK", 2**10)
+    cast = CheckedCast()
+    image, counts = reference(gapped)
+    assert same_bits(cast("w", gapped), image)
+    assert cast.total() == counts
+    elsewhere, found = as_on_a_device(gapped, torch.float16, False)
+    assert same_bits(elsewhere, image) and found == counts
 
 
 class LargestOutput(TorchDispatchMode):

@@ -26,14 +26,45 @@ def reference(tensor: torch.Tensor) -> int:
     bits = [
         int.from_bytes(bytes(row), "little") for row in tensor.reshape(-1).view(torch.uint8).view(-1, size).tolist()
     ]
-    step = 0x9E3779B97F4A7C15
-    return sum(number * (step * (i + 1)) for i, number in enumerate(bits)) % 2**64
+    size = digest._BLOCK
+    base = [mixed(i + 1) | 1 for i in range(min(size, len(bits)))]
+    factor = [1, *(mixed(block + size) | 1 for block in range(1, len(bits) // size + 1))]
+    return sum(number * base[i % size] * factor[i // size] for i, number in enumerate(bits)) % 2**64
+
+
+def mixed(number: int) -> int:
+    """splitmix64's mixer of ``number`` steps, with the shifts that the digest has."""
+    word = number * 0x9E3779B97F4A7C15 % 2**64 * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 29) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 32
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(digest, "_BLOCK", 64)
+    digest._base.cache_clear()
+    yield
+    digest._base.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_stream_digest_is_what_its_formula_says(dtype):
-    tensor = values(1000, dtype)
+@pytest.mark.parametrize("count", (1, 63, 64, 65, 1000))
+def test_the_stream_digest_is_what_its_formula_says(dtype, count, small_blocks):
+    tensor = values(count, dtype)
     assert as_unsigned(stream_digest(tensor)) == reference(tensor)
+
+
+def test_what_has_the_same_sum_in_another_order_shows(small_blocks):
+    """Rows of an identity have equal sums of bits, blocks of them too; a plain sum by position would not tell them."""
+    eye = torch.eye(32, dtype=torch.float16)
+    swapped = {"rows": eye[[1, 0, *range(2, 32)]], "blocks": torch.cat([eye[2:4], eye[:2], eye[4:]])}
+    swapped["half"] = torch.cat([eye[16:], eye[:16]])
+    assert len({as_unsigned(stream_digest(t)) for t in (eye, *swapped.values())}) == 4
+    one, other = torch.tensor([1.0, 1.0]).half(), torch.tensor([1.0, 1.0]).half()
+    other.view(torch.int16)[:] += torch.tensor([2, -1], dtype=torch.int16)
+    assert as_unsigned(stream_digest(one)) != as_unsigned(stream_digest(other))
+    pair = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert as_unsigned(stream_digest(pair)) != as_unsigned(stream_digest(pair * torch.tensor([1.0, -1.0])))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -143,9 +143,64 @@ def test_what_was_not_loaded_is_told(model):
     # Of `summed` it cannot be seen, since a number was filled in.
     assert report["not_loaded"] == ["norm", "summed"]
     assert list(audit.unchecked([("worker", report)])) == [
-        "worker has parameters that the sync did not write: norm, summed"
+        "worker has parameters that the sync did not write: norm, summed",
+        "worker did nothing with tied (with a tied head, that is as it should be)",
     ]
     assert report["wide"]["tied"] == "where it went could not be followed"
+
+
+@pytest.mark.parametrize("streamed", (True, False))
+def test_a_part_of_a_fused_parameter_that_stays_as_it_was_is_told(model, streamed, monkeypatch):
+    """By the loader, which leaves it out, or by the sender."""
+    del model.summed
+    load = model.load
+    monkeypatch.setattr(model, "load", lambda w: load([(n, t) for n, t in w if n not in ("v", "expert.2")]))
+    stream = [item for item in weights(torch.float16) if item[0] != "summed" and (streamed or item[0] != "v")]
+    report = received(model, stream).report(torch.float16)
+    told = list(audit.unchecked([("worker", report)]))
+    assert told[0] == "worker holds in part what the sync did not write: qkv (32 elements), experts (48 elements)"
+    assert told[1].startswith(f"worker did nothing with expert.2, tied{', v' if streamed else ''} (")
+    assert not {"v", "expert.2", "tied"} & set(audit.learned([("worker", report)])["narrow"])
+
+
+def test_padding_with_zeros_is_nothing_that_the_sync_left_out(model):
+    report = received(model, weights(torch.float16)).report(torch.float16)
+    assert report["partly_loaded"] == {}
+    model.embed.data[ROWS:].fill_(1)
+    other = received(model, [item for item in weights(torch.float16) if item[0] != "norm"])
+    model.embed.data[ROWS + 1 :].fill_(1)
+    assert other.report(torch.float16)["partly_loaded"] == {"embed": 5 * HIDDEN}
+
+
+def test_of_several_workers_each_is_looked_at(model):
+    stream = weights(torch.float16)
+    fine = received(model, stream).report(torch.float16)
+    broken = {**fine, "mismatches": ["norm (in norm)"]}
+    assert list(audit.holding_faults([("worker 0", fine), ("worker 1", broken)])) == [
+        "worker 1 does not hold what it got: norm (in norm)"
+    ]
+
+
+def test_another_dtype_alone_is_a_difference():
+    stream = [("w", torch.ones(4, dtype=torch.float16))]
+    got = {"stream": [(name, "bfloat16", shape, digest) for name, _, shape, digest in sent(stream)["stream"]]}
+    (fault,) = audit.stream_faults([("rank 0", sent(stream))], [("worker", got)])
+    assert fault.endswith("in another dtype or shape than rank 0 sent: bfloat16[4] instead of float16[4]")
+
+
+def test_what_arrived_is_digested_before_it_is_loaded(model):
+    """A loader may use the bucket's memory for what it makes."""
+    stream = weights(torch.float16)
+    receiver = WeightReceiver(model.targets)
+    bucket = [(name, tensor.clone()) for name, tensor in stream]
+
+    def load() -> None:
+        model.load(bucket)
+        for _, tensor in bucket:
+            tensor.zero_()
+
+    receiver.load(bucket, load)
+    assert faults(model, receiver, stream) == []
 
 
 @pytest.mark.parametrize("name", ("embed", "qkv", "experts", "gate", "norm"))

@@ -61,6 +61,7 @@ def _noting_arrival(update: Callable[..., None]) -> Callable[..., None]:
         receiver = getattr(self, "_verl_fp16_receiver", None)
         if receiver is None:
             return update(self, weights, *args, **kwargs)
+        weights = list(weights)
         return receiver.load(weights, lambda: update(self, weights, *args, **kwargs))
 
     return _update_weights

@@ -61,6 +61,11 @@ def unchecked(receivers: Named) -> Iterator[str]:
     for who, report in receivers:
         if report["not_loaded"]:
             yield f"{who} has parameters that the sync did not write: {listed(report['not_loaded'])}"
+        if report["partly_loaded"]:
+            parts = [f"{name} ({count:,} elements)" for name, count in report["partly_loaded"].items()]
+            yield f"{who} holds in part what the sync did not write: {listed(parts)}"
+        if report["idle"]:
+            yield f"{who} did nothing with {listed(report['idle'])} (with a tied head, that is as it should be)"
         if report["gone"]:
             yield f"{who} has no more of what was loaded into {listed(report['gone'])}: unchecked"
 

@@ -1,7 +1,8 @@
 """Digests of tensors: 64 bits that tell whether two processes hold the same bits.
 
 Both are sums modulo 2^64 of a word for each element, computed in chunks where the tensor is; no temporary is larger
-than a few chunks. They are checks against faults, not against forgery.
+than a few chunks (but for a strided tensor of one dimension, which is copied). They are checks against faults, not
+against forgery.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cache
 
 import torch
 
+_BLOCK = 2**18  # elements, of the stream digest's definition
 _CHUNK = 2**18  # elements: what a CPU's second-level cache holds
 _DEVICE_CHUNK = 2**22  # hides the start of a kernel; 32 MB of int64
 _MASK = 2**64 - 1
@@ -21,11 +23,11 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def stream_digest(tensor: torch.Tensor) -> torch.Tensor:
-    """A digest in which every position counts differently: another bit and two elements that changed places show.
+    """A digest in which every position counts differently: another bit and elements that changed places show.
 
-    Element i contributes ``bits_i * (2^64/phi * (i + 1) mod 2^64)``, with the bits as an unsigned number. A single
-    changed element, or two exchanged ones, always change the sum for tensors of less than 2^31 elements: the difference
-    is a product of two numbers of which neither has more than 32 trailing zeros in binary.
+    Element i contributes ``bits_i * w_i`` modulo 2^64, with the bits as an unsigned number and ``w_i`` odd and
+    irregular: ``base[i % B] * factor[i // B]`` for blocks of ``B`` elements. A single changed element always shows;
+    that several changes, such as exchanged elements, rows or blocks, cancel each other takes chance (2^-32 or less).
 
     Args:
         tensor: any shape and dtype; elements count in the order of ``tensor.reshape(-1)``.
@@ -96,14 +98,24 @@ def _as_numbers(chunk: torch.Tensor) -> torch.Tensor:
 
 
 def _positions(count: int, first: int, device: torch.device) -> torch.Tensor:
-    """``_STEP * (i + 1)`` modulo 2^64 for ``count`` elements from ``first`` on."""
-    weights = _first_positions(str(device), _chunk_size(device))[:count]
-    return weights + _wrapped(_STEP * first) if first else weights
+    """``w_i`` for ``count`` elements from ``first`` on."""
+    parts = []
+    while count:
+        block, offset = divmod(first, _BLOCK)
+        taken = min(count, _BLOCK - offset)
+        base = _base(str(device))[offset : offset + taken]
+        parts.append(base * _factor(block) if block else base)
+        first, count = first + taken, count - taken
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @cache
-def _first_positions(device: str, count: int) -> torch.Tensor:
-    return torch.arange(1, count + 1, device=device) * _STEP
+def _base(device: str) -> torch.Tensor:
+    return _scrambled(torch.arange(1, _BLOCK + 1, device=device) * _STEP) | 1
+
+
+def _factor(block: int) -> int:
+    return int(_scrambled(torch.tensor(_wrapped((block + _BLOCK) * _STEP)))) | 1
 
 
 def _scrambled(bits: torch.Tensor) -> torch.Tensor:

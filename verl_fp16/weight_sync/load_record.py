@@ -7,6 +7,7 @@ torch makes while weights are loaded, and follows what it is made of back to the
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ class LoadRecord:
         altered: names of which a target got something that is not a mere copy.
         used: names with which something was computed that need not have ended in a target.
         seen: all names of the stream.
+        reshaped: targets that something was done to after a copy.
     """
 
     def __init__(self) -> None:
@@ -65,6 +67,7 @@ class LoadRecord:
         self.altered: set[str] = set()
         self.used: set[str] = set()
         self.seen: set[str] = set()
+        self.reshaped: set[str] = set()
         self._addresses: dict[str, int] = {}
 
     def watching(self, weights: Iterable[tuple[str, torch.Tensor]], targets: Iterable[tuple[str, torch.Tensor]]) -> Any:
@@ -104,6 +107,31 @@ class LoadRecord:
         """Names of the targets that nothing was copied into."""
         return [name for name, _ in targets if name not in self.copies]
 
+    def partly_loaded(self, targets: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+        """Name of each target with elements that nothing was copied into, other than zeros -> how many those are.
+
+        Of a target that something else than copies was made of, or that is in another place now, nothing is said.
+        Waits for the device.
+        """
+        found = {}
+        for name, tensor in targets:
+            copies = self.copies.get(name, {})
+            if not copies or tensor.data_ptr() != self._addresses.get(name) or name in self.reshaped:
+                continue
+            whole = sum(math.prod(sizes) for _, sizes, _ in copies) == tensor.numel()
+            # Zeros beside the copies do not show in the digest; only what does is worth a copy of the tensor.
+            if not whole and not _holds_all(tensor, [copy.digest for copy in copies.values()]):
+                rest = tensor.detach().clone()
+                for offset, sizes, strides in copies:
+                    rest.as_strided(sizes, strides, rest.storage_offset() + offset).zero_()
+                if left := int(torch.count_nonzero(rest)):
+                    found[name] = left
+        return found
+
+    def idle(self) -> list[str]:
+        """Names of the stream that were not copied anywhere, and with which nothing was computed."""
+        return sorted(self.seen - self.dtypes.keys() - self.used - self.altered)
+
 
 def _holds_all(tensor: torch.Tensor, digests: list[torch.Tensor]) -> bool:
     return as_unsigned(additive_digest(tensor)) == total([as_unsigned(digest) for digest in digests])
@@ -141,7 +169,10 @@ class _Watch(TorchDispatchMode):
         # Filling a part that pads, before or after a copy, is no change of what was copied.
         if where is not None:
             kept = self._record.copies.get(where[0], {})
-            for place in [place for place in kept if _overlap(changed, where[1], place)]:
+            changes = [place for place in kept if _overlap(changed, where[1], place)]
+            if changes:
+                self._record.reshaped.add(where[0])
+            for place in changes:
                 self._record.altered.update(kept.pop(place).name.split("/"))
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:

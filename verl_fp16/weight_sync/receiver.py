@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,8 @@ class WeightReceiver:
         self._record = LoadRecord()
         self._noted: list[tuple[str, torch.Tensor, torch.Size, torch.dtype]] = []
 
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]], load: Callable[[], Any]) -> Any:
+    def load(self, weights: Sequence[tuple[str, torch.Tensor]], load: Callable[[], Any]) -> Any:
         """Call ``load``, which loads ``weights``: (name, tensor) of a part of the stream."""
-        weights = list(weights)
         self._noted += [(name, stream_digest(tensor), tensor.shape, tensor.dtype) for name, tensor in weights]
         with self._record.watching(weights, self._targets()):
             return load()
@@ -37,18 +36,23 @@ class WeightReceiver:
         """What arrived and what is held now, in plain types; waits for the device.
 
         ``stream``: a list of (name, dtype, shape, digest); ``mismatches``: names that are not held as they were copied;
-        ``not_loaded``: parameters that nothing was copied into; ``gone``: targets that were loaded and are not there
-        any more; ``wide``: names that must not come in ``dtype``, each with the reason; ``exempt``: those of them that
-        are held in other dtypes only.
+        ``not_loaded``: parameters that nothing was copied into; ``partly_loaded``: of the others, how many elements
+        hold something that was not copied there; ``idle``: names that nothing was done with; ``gone``: targets that
+        were loaded and are not there any more; ``wide``: names that must not come in ``dtype``, each with the reason;
+        ``exempt``: those of them that are held in other dtypes only.
         """
         targets = list(self._targets())
-        not_loaded = self._record.not_loaded((name, t) for name, t in targets if isinstance(t, torch.nn.Parameter))
+        parameters = [(name, tensor) for name, tensor in targets if isinstance(tensor, torch.nn.Parameter)]
+        not_loaded = self._record.not_loaded(parameters)
+        partly_loaded = self._record.partly_loaded(parameters)
         return {
             "stream": read_digests(self._noted),
             "mismatches": self._record.mismatches(targets),
             "not_loaded": not_loaded,
+            "partly_loaded": partly_loaded,
+            "idle": self._record.idle(),
             "gone": sorted(self._record.copies.keys() - {name for name, _ in targets}),
-            "wide": dict(self._wide(dtype, doubt=bool(not_loaded))),
+            "wide": dict(self._wide(dtype, doubt=bool(not_loaded or partly_loaded))),
             "exempt": sorted(name for name, held in self._record.dtypes.items() if dtype not in held),
         }
 

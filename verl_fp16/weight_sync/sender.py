@@ -54,7 +54,7 @@ class WeightSender:
         self._streamed_as: dict[str, list[str]] = {}
         self._samples = UpdateSample(dtype)
         self._digests_wanted = False
-        # Two or three images of the largest tensor, or shard, where it is on the CPU, for as long as the run lasts.
+        # For weights on the CPU: up to three images of the largest are kept for as long as the run lasts.
         self._memory = RecycledMemory()
         self._rounds: list[_Round] = []
 
@@ -149,7 +149,7 @@ class WeightSender:
         """Under ``clamp``, while nothing is known, in bounds: what is held in float32 is cut too, in one sync."""
         if self._learned is None and self._on_overflow == "clamp" and tensor.is_floating_point():
             largest = torch.finfo(self.dtype).max
-            return tensor.clamp(-largest, largest)
+            return torch.where(tensor.isinf(), tensor, tensor.clamp(-largest, largest))
         return tensor
 
     def _goes_narrow(self, name: str) -> bool:
