@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from verl_fp16.cli.app import app
-from verl_fp16.preflight.shards import ModelError, open_model, read
+from verl_fp16.preflight.refusals import ModelError
+from verl_fp16.preflight.shards import open_model, read
 
 
 def missing(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 import typer
 
@@ -17,12 +18,17 @@ def fail(message: object, code: int = WRONG_INPUT) -> typer.Exit:
     return typer.Exit(code)
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether this is a terminal; a stream that was closed before the start is None."""
+    return stream is not None and stream.isatty()
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table where stdout is a terminal; elsewhere a line for each row, uncut, with a tab between its cells.
 
     A cell is a string or a rich renderable whose ``plain`` is its text.
     """
-    if not sys.stdout.isatty():
+    if not is_terminal(sys.stdout):
         for row in rows:
             typer.echo("\t".join(str(getattr(cell, "plain", cell)) for cell in row))
         return

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand
 
-from verl_fp16.cli.output import fail, print_table
+from verl_fp16.cli.output import fail, is_terminal, print_table
+from verl_fp16.preflight.refusals import ModelError
 
 if TYPE_CHECKING:
     from verl_fp16.preflight.shards import Model
@@ -57,43 +59,81 @@ def preflight(
     every: Annotated[bool, typer.Option("--all", help=f"Show every tensor, not the {WORST} worst.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Tell what FP16 would do to a model's weights: exit code 0 if it is FIT, 1 if AT RISK, 2 if UNFIT, 3 on an error.
+    """Tell what FP16 would do to a model's weights: exit code 0 if it is FIT, 1 if AT RISK, 2 if UNFIT.
+
+    3 means that there is no verdict, and 130 that Ctrl-C was pressed; stderr then has one line that says why.
 
     The files are read piece by piece; memory does not grow with the model.
 
     Example: verl-fp16 preflight ~/models/Qwen3-0.6B
     """
+    found = message = None
     try:
-        _preflight(model, every, as_json)
+        found = _examined(model)
+        # A reader that reads no further, as head does, has no quarrel with the verdict: it still is the exit code.
+        with contextlib.suppress(BrokenPipeError):
+            _print(found, every, as_json)
+        code = found.verdict.exit_code
     except KeyboardInterrupt:
-        raise fail("interrupted; there is no verdict", code=INTERRUPTED) from None
+        code, message = INTERRUPTED, "interrupted; there is no verdict"
+    except BaseException as error:  # noqa: BLE001
+        # Whatever it is, a panic in safetensors' Rust (no Exception) included: Python ends with 1 for what is not
+        # caught, and 1 is a verdict here.
+        code, message = CANNOT_TELL, _what_happened(error, found)
+    raise _end(code, message)
 
 
-def _preflight(path: Path, every: bool, as_json: bool) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    model: Model
+    reports: list[TensorReport]
+    verdict: Verdict
+    seconds: float
+
+
+def _examined(path: Path) -> _Found:
+    started = time.monotonic()
     try:
         from verl_fp16.guard.model import refused_in_float16
-        from verl_fp16.preflight.shards import WEIGHT_DTYPES, ModelError, open_model, read
+        from verl_fp16.preflight.shards import WEIGHT_DTYPES, open_model, read
         from verl_fp16.preflight.verdict import judge
         from verl_fp16.preflight.weights import examine, one_thread
     except ImportError as error:
-        raise fail(f"{error}: torch and safetensors are needed to read a model", code=CANNOT_TELL) from None
+        raise ModelError(f"{error}: torch and safetensors are needed to read a model") from None
 
-    started = time.monotonic()
-    try:
-        model = open_model(path.expanduser())
-        with one_thread(), _progress(model) as advance:
-            reports = []
-            for tensor, pieces in read(model):
-                dtype = WEIGHT_DTYPES[tensor.dtype]
-                reports.append(examine(tensor.name, tensor.shape, dtype, _counted(pieces, advance)))
-    except ModelError as error:
-        raise fail(error, code=CANNOT_TELL) from None
+    model = open_model(path)
+    reports = []
+    with one_thread(), _progress(model) as advance:
+        for tensor, pieces in read(model):
+            dtype = WEIGHT_DTYPES[tensor.dtype]
+            reports.append(examine(tensor.name, tensor.shape, dtype, _counted(pieces, advance)))
     verdict = judge(reports, model.model_type, refused_in_float16())
-    if as_json:
-        typer.echo(_as_json(model, reports, verdict))
-    else:
-        _show(model, reports, verdict, every, time.monotonic() - started)
-    raise typer.Exit(verdict.exit_code)
+    return _Found(model, reports, verdict, time.monotonic() - started)
+
+
+def _what_happened(error: BaseException, found: _Found | None) -> str:
+    if isinstance(error, ModelError):
+        return str(error)
+    told = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+    return f"{'the verdict could not be printed' if found else 'there is no verdict'}: {told}"
+
+
+def _end(code: int, message: str | None) -> typer.Exit:
+    if message is not None:
+        with contextlib.suppress(OSError):
+            fail(message)
+    for stream in (sys.stdout, sys.stderr):
+        _let_go(stream)
+    return typer.Exit(code)
+
+
+def _let_go(stream: TextIO | None) -> None:
+    """Lose what cannot be written: Python would try to at its end once more, and end with 120 for it."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _counted(pieces: Iterator[Any], advance: Callable[[int], None]) -> Iterator[Any]:
@@ -105,7 +145,7 @@ def _counted(pieces: Iterator[Any], advance: Callable[[int], None]) -> Iterator[
 @contextlib.contextmanager
 def _progress(model: Model) -> Iterator[Callable[[int], None]]:
     """Show on stderr what is read and how long the rest takes: a bar on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield _Lines(model.size)
         return
     from rich.console import Console
@@ -123,7 +163,7 @@ class _Lines:
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0
         self._started = self._told = time.monotonic()
-        typer.echo(f"verl-fp16: reading {_size(total)}", err=True)
+        self._tell(f"reading {_size(total)}")
 
     def __call__(self, size: int) -> None:
         self._done += size
@@ -131,7 +171,18 @@ class _Lines:
         if now - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = now
             left = (now - self._started) / self._done * (self._total - self._done)
-            typer.echo(f"verl-fp16: {self._done / self._total:.0%} read, about {left:.0f} s left", err=True)
+            self._tell(f"{self._done / self._total:.0%} read, about {left:.0f} s left")
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # no reason to stop
+            typer.echo(f"verl-fp16: {line}", err=True)
+
+
+def _print(found: _Found, every: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo(_as_json(found.model, found.reports, found.verdict))
+    else:
+        _show(found.model, found.reports, found.verdict, every, found.seconds)
 
 
 def _as_json(model: Model, reports: list[TensorReport], verdict: Verdict) -> str:
@@ -200,7 +251,7 @@ def _cells(report: TensorReport) -> dict[str, str]:
 def _columns(rows: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
     """The rows for :func:`print_table`; a terminal gets no column of zeros, and none that it has no room for."""
     names = list(rows[0])
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         names = [name for name in names if any(row[name] != "0" for row in rows)]
         widths = {name: max(len(name), *(len(row[name]) for row in rows)) + 3 for name in names}
         for name in _DISPENSABLE:

@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from verl_fp16.preflight.place import located
+from verl_fp16.preflight.refusals import CONFIG, INDEX, SINGLE, ModelError, no_safetensors
+
 PIECE = 2**19
 """Elements that are read at once: with larger pieces, new memory for the temporaries costs more than the arithmetic."""
 
-INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
 _MASKS = ("bias", "masked_bias", "mask")  # GPT-2 keeps its causal mask as bytes, under the first of these names
 _LFS = b"version https://git-lfs"
-
-
-class ModelError(ValueError):
-    """What was named cannot be judged: the message names the file, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,7 @@ def open_model(path: Path) -> Model:
     Raises:
         ModelError: it is no model, is incomplete or damaged, or is quantized.
     """
-    if not path.exists():
-        raise _not_there(path)
-    if path.suffix in (".bin", ".pt", ".pth"):
-        raise _pickled(path.parent, path.name)
+    path = located(path)
     folder = path if path.is_dir() else path.parent
     config = _config(folder / CONFIG)
     if quantization := config.get("quantization_config"):
@@ -148,7 +143,7 @@ def _headers(path: Path) -> list[StoredTensor]:
         return _indexed(path / INDEX)
     files = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        raise _no_safetensors(path)
+        raise no_safetensors(path)
     found: dict[str, StoredTensor] = {}
     for tensor in (tensor for file in files for tensor in _header(file)):
         other = found.setdefault(tensor.name, tensor)
@@ -219,28 +214,6 @@ def _is_pointer(file: Path) -> bool:
             return opened.read(len(_LFS)) == _LFS
     except OSError:
         return False
-
-
-def _not_there(path: Path) -> ModelError:
-    message = f"{path}: there is no such file or folder. Name a Hugging Face model folder or a .safetensors file"
-    if not path.is_absolute() and len(path.parts) == 2:
-        message += f"; a model of the hub has to be downloaded first: hf download {path} --local-dir {path.name}"
-    return ModelError(message)
-
-
-def _pickled(folder: Path, name: str) -> ModelError:
-    return ModelError(
-        f'{folder}: its weights are {name} and no safetensors. Convert them: python -c "from transformers import '
-        f"AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"
-        f".save_pretrained('{folder}-safetensors')\""
-    )
-
-
-def _no_safetensors(folder: Path) -> ModelError:
-    if any(folder.glob("pytorch_model*.bin*")):
-        return _pickled(folder, "pytorch_model.bin")
-    there = f"has a {CONFIG} and no weights" if (folder / CONFIG).is_file() else f"has no {CONFIG} and no safetensors"
-    return ModelError(f"{folder}: it is no model: it {there}. Name a Hugging Face model folder or a .safetensors file")
 
 
 def _config(file: Path) -> dict[str, Any]:
