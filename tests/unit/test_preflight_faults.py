@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import subprocess
@@ -65,7 +66,10 @@ def test_what_nobody_expected_is_one_line_and_no_verdict(error, options, tmp_pat
     told = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
     assert result.exit_code == 3
     assert result.stderr.splitlines()[1:] == [f"verl-fp16: there is no verdict: {told}"]
-    assert result.stdout == "" or options
+    if options:
+        assert json.loads(result.stdout) == {"verdict": None, "error": f"there is no verdict: {told}"}
+    else:
+        assert result.stdout == ""
 
 
 def test_ctrl_c_is_130_as_the_help_says(tmp_path):

@@ -166,8 +166,11 @@ REFUSED = {
 def test_what_cannot_be_judged_is_one_message_and_no_verdict(make, options, tmp_path):
     result = preflight(make(tmp_path / "model"), *options)
     assert result.exit_code == 3
-    assert result.stdout == ""
     (message,) = [line for line in result.stderr.splitlines() if "reading" not in line]
+    if options:
+        assert json.loads(result.stdout) == {"verdict": None, "error": message.removeprefix("verl-fp16: ")}
+    else:
+        assert result.stdout == ""
     assert message.startswith(f"verl-fp16: {tmp_path}")
     assert [text for text in REFUSED[make] if text not in message] == []
 

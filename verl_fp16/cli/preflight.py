@@ -80,7 +80,8 @@ def preflight(
         # Whatever it is, a panic in safetensors' Rust (no Exception) included: Python ends with 1 for what is not
         # caught, and 1 is a verdict here.
         code, message = CANNOT_TELL, _what_happened(error, found)
-    raise _end(code, message)
+    # Where printing a verdict failed, stdout has the beginning of another object.
+    raise _end(code, message, as_json and found is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +119,13 @@ def _what_happened(error: BaseException, found: _Found | None) -> str:
     return f"{'the verdict could not be printed' if found else 'there is no verdict'}: {told}"
 
 
-def _end(code: int, message: str | None) -> typer.Exit:
+def _end(code: int, message: str | None, as_json: bool) -> typer.Exit:
     if message is not None:
         with contextlib.suppress(OSError):
             fail(message)
+        with contextlib.suppress(OSError):
+            if as_json:
+                typer.echo(json.dumps({"verdict": None, "error": message}, indent=2))
     for stream in (sys.stdout, sys.stderr):
         _let_go(stream)
     return typer.Exit(code)
