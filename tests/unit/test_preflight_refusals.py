@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -45,6 +46,32 @@ def a_pickled_file(path: Path) -> Path:
 def of_a_dead_link(path: Path) -> Path:
     without_weights(path)
     (path / "model.safetensors").symlink_to(path / "blob")
+    return path
+
+
+def a_dead_link(path: Path) -> Path:
+    path.symlink_to(path.with_name("gone"))
+    return path
+
+
+def of_a_dead_config(path: Path) -> Path:
+    file = make_model(path) / "config.json"
+    file.unlink()
+    file.symlink_to(path / "blob")
+    return path
+
+
+def a_config(path: Path) -> Path:
+    return make_model(path) / "config.json"
+
+
+def an_index(path: Path) -> Path:
+    return make_model(path, shard_of=lambda name: f"model-{len(name) % 2}.safetensors") / INDEX
+
+
+def a_folder_for_a_shard(path: Path) -> Path:
+    (make_model(path) / "model.safetensors").rename(path / "one.safetensors")
+    (path / "other.safetensors").mkdir()
     return path
 
 
@@ -128,7 +155,12 @@ REFUSED = {
     without_weights: ("has a config.json and no weights", "Name a Hugging Face model folder"),
     pickled: ("pytorch_model.bin and no safetensors", "save_pretrained("),
     a_pickled_file: ("its weights are pytorch_model.bin and no safetensors", "save_pretrained("),
-    of_a_dead_link: ("model.safetensors: safetensors cannot read it (No such file", "Download or save it again"),
+    of_a_dead_link: ("model.safetensors: it is a link to ", "blob, which is not there. Mend the link, or download"),
+    a_dead_link: ("model: it is a link to ", "gone, which is not there. Mend the link"),
+    of_a_dead_config: ("config.json: it is a link to ", "blob, which is not there. Mend the link, or download"),
+    a_config: ("config.json: there are no weights in a .json file. Name its folder: ", "/model"),
+    an_index: (f"{INDEX}: there are no weights in a .json file. Name its folder: ", "/model"),
+    a_folder_for_a_shard: ("other.safetensors: it cannot be read (Is a directory)", "Move the folder elsewhere"),
     without_a_shard: (f"{INDEX}: it names model-1.safetensors, which is not there", "Download the model again"),
     truncated: ("model.safetensors: safetensors cannot read it (incomplete metadata", "Download or save it again"),
     of_noise: ("model.safetensors: safetensors cannot read it (", "Download or save it again"),
@@ -155,6 +187,10 @@ REFUSED = {
         "gate_up_proj is stored as F8_E4M3",
         "that it was quantized from",
     ),
+    with_a_tensor("model.rope.freqs_cis", torch.ones(4, dtype=torch.complex64)): (
+        "model.rope.freqs_cis is stored as C64: float16 has no complex numbers",
+        "Name a model whose weights are real",
+    ),
     empty: ("there is no weight in it", "save it again"),
     of_integers: ("there is no weight in it", "save it again"),
     twice: ("model.scale is both in consolidated.safetensors and in part.safetensors", "Name one of the files"),
@@ -173,6 +209,21 @@ def test_what_cannot_be_judged_is_one_message_and_no_verdict(make, options, tmp_
         assert result.stdout == ""
     assert message.startswith(f"verl-fp16: {tmp_path}")
     assert [text for text in REFUSED[make] if text not in message] == []
+
+
+@pytest.mark.parametrize("name", ("..", ".", "config.json", "model.safetensors"))
+def test_what_may_not_be_read(name, tmp_path):
+    path = make_model(tmp_path / "my models" / "small")
+    barred = (path / name).resolve()
+    barred.chmod(0)
+    if os.access(barred, os.R_OK):
+        pytest.skip("this user may read everything")
+    result = preflight(path)
+    barred.chmod(0o700)
+    assert result.exit_code == 3
+    file = path if name == ".." else barred
+    told = f"{file}: there is no permission to read it. The owner can give it: chmod a+rX '{barred}'"
+    assert result.stderr == f"verl-fp16: {told}\n"
 
 
 def test_the_name_of_a_hub_model_says_how_to_download_it():

@@ -54,7 +54,9 @@ def register(app: typer.Typer) -> None:
 
 def preflight(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A Hugging Face model folder, or a .safetensors file.")
+        # readable: typer would answer with a usage message what open_model has words for.
+        Path,
+        typer.Argument(metavar="MODEL", readable=False, help="A Hugging Face model folder, or a .safetensors file."),
     ],
     every: Annotated[bool, typer.Option("--all", help=f"Show every tensor, not the {WORST} worst.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,

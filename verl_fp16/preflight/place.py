@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from verl_fp16.preflight.refusals import ModelError, not_there, pickled
+from verl_fp16.preflight.refusals import inaccessible, no_permission, no_weights_in, pickled
 
 
 def located(named: Path) -> Path:
@@ -16,10 +17,12 @@ def located(named: Path) -> Path:
     path = _at_home(named)
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise not_there(path) from None
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}. Name a Hugging Face model folder or a .safetensors file") from None
+        raise inaccessible(path, error) from None
+    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+        raise no_permission(path)
+    if path.suffix == ".json" and path.is_file():
+        raise no_weights_in(path)
     if path.suffix in (".bin", ".pt", ".pth"):
         raise pickled(path.parent, path.name)
     return path

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from verl_fp16.preflight.place import located
-from verl_fp16.preflight.refusals import CONFIG, INDEX, SINGLE, ModelError, no_safetensors
+from verl_fp16.preflight.refusals import CONFIG, INDEX, SINGLE, ModelError, inaccessible, no_safetensors, unreadable
 
 PIECE = 2**19
 """Elements that are read at once: with larger pieces, new memory for the temporaries costs more than the arithmetic."""
@@ -22,7 +22,6 @@ WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "
 _INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
 _MASKS = ("bias", "masked_bias", "mask")  # GPT-2 keeps its causal mask as bytes, under the first of these names
-_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def open_model(path: Path) -> Model:
         )
     tensors = _headers(path)
     for tensor in tensors:
-        _refuse_quantized(tensor)
+        _refuse_unfit_dtype(tensor)
     weights = tuple(tensor for tensor in tensors if tensor.dtype in WEIGHT_DTYPES)
     if not sum(tensor.values for tensor in weights):
         raise ModelError(f"{path}: there is no weight in it. Name a model that has been trained, or save it again")
@@ -187,18 +186,17 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        if _is_pointer(file):
-            raise ModelError(f"{file}: this is a pointer of Git LFS and no model. Run: git lfs pull") from None
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        raise ModelError(
-            f"{file}: safetensors cannot read it ({reason}): truncated, damaged, or of another format. "
-            "Download or save it again"
-        ) from None
+        raise unreadable(file, error) from None
 
 
-def _refuse_quantized(tensor: StoredTensor) -> None:
+def _refuse_unfit_dtype(tensor: StoredTensor) -> None:
     if tensor.dtype in WEIGHT_DTYPES:
         return
+    if tensor.dtype.startswith("C"):
+        raise ModelError(
+            f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}: float16 has no complex numbers. "
+            "Name a model whose weights are real numbers"
+        )
     last = tensor.name.rpartition(".")[2]
     packed = "weight" in last or (tensor.dtype in ("U8", "I8") and len(tensor.shape) > 1 and last not in _MASKS)
     if tensor.dtype not in _INTEGERS or packed:
@@ -208,22 +206,16 @@ def _refuse_quantized(tensor: StoredTensor) -> None:
         )
 
 
-def _is_pointer(file: Path) -> bool:
-    try:
-        with open(file, "rb") as opened:
-            return opened.read(len(_LFS)) == _LFS
-    except OSError:
-        return False
-
-
 def _config(file: Path) -> dict[str, Any]:
-    return _json(file) if file.is_file() else {}
+    return _json(file) if file.is_file() or file.is_symlink() else {}
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise inaccessible(file, error) from None
+    except ValueError as error:
         raise ModelError(f"{file}: it is not readable as JSON ({error}). Repair it or download it again") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file}: it is JSON but no object. Repair it or download it again")
