@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,9 @@ from verl_fp16.cli import preflight as command
 from verl_fp16.guard.model import refused_in_float16
 from verl_fp16.preflight import shards, weights
 from verl_fp16.preflight.shards import open_model, read, slices
+
+COUNTED = ["overflow", "inf, nan", "to zero", "subnormal"]
+COLUMNS = ["tensor", "shape", "stored", "max |w|", *COUNTED, "FP16 error", "BF16 error"]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,10 @@ def test_vllms_own_list_is_what_counts(tmp_path):
 
 def test_what_is_printed_where_stdout_is_no_terminal(tmp_path):
     result = preflight(make_model(tmp_path / "model"))
-    rows = {line.split("\t")[0]: line.split("\t")[1:] for line in result.stdout.splitlines() if "\t" in line}
+    header, *lines = (line.split("\t") for line in result.stdout.splitlines() if "\t" in line)
+    assert header == COLUMNS
+    assert result.stdout.startswith("tensor\tshape\t")
+    rows = {name: cells for name, *cells in lines}
     assert set(rows) == {name for name, tensor in TENSORS.items() if tensor.is_floating_point()}
     assert rows["model.conv.weight"][:2] == ["8x4x3x3", "bf16"]
     assert rows["model.conv.weight"][-1] == "stored"
@@ -57,6 +64,17 @@ def test_what_is_printed_where_stdout_is_no_terminal(tmp_path):
     assert "5 tensors, 4,897 weights, " in result.stdout
     assert "skipped, being no weights: model.position_ids (I64)" in result.stdout
     assert "verl-fp16: reading " in result.stderr
+
+
+def test_each_column_that_a_terminal_does_not_get_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(command, "is_terminal", lambda stream: stream is sys.stdout)
+    told = preflight(make_model(tmp_path / "model")).stdout
+    shown = told.splitlines()[0].split("\t")
+    (left_out,) = re.findall("^left out, being zero or for want of room: (.*); --json has everything$", told, re.M)
+    assert {"tensor", "max |w|"} <= set(shown) < set(COLUMNS)
+    assert left_out == ", ".join(name for name in COLUMNS if name not in shown)
+    assert "inf, nan" in left_out
 
 
 def test_the_worst_are_shown_and_all_on_demand(tmp_path):

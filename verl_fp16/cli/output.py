@@ -23,12 +23,16 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], header: bool = False) -> None:
     """A table where stdout is a terminal; elsewhere a line for each row, uncut, with a tab between its cells.
 
-    A cell is a string or a rich renderable whose ``plain`` is its text.
+    Args:
+        rows: a cell is a string or a rich renderable whose ``plain`` is its text.
+        header: whether the names of the columns are the first of these lines.
     """
     if not is_terminal(sys.stdout):
+        if header:
+            typer.echo("\t".join(columns))
         for row in rows:
             typer.echo("\t".join(str(getattr(cell, "plain", cell)) for cell in row))
         return

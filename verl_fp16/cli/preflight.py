@@ -215,7 +215,7 @@ def _show(model: Model, reports: list[TensorReport], verdict: Verdict, every: bo
 
     shown = by_severity(reports)[: None if every else WORST]
     columns, rows = _columns([_cells(report) for report in shown])
-    print_table(columns, rows)
+    print_table(columns, rows, header=True)
     total = _total(reports)
     rest = f"; shown are the {len(shown)} worst, --all shows every one" if len(shown) < len(reports) else ""
     tensors = "1 tensor" if len(reports) == 1 else f"{len(reports):,} tensors"
@@ -225,7 +225,7 @@ def _show(model: Model, reports: list[TensorReport], verdict: Verdict, every: bo
         f"{_part(total.flushed, total)} become zero, {_part(total.subnormal, total)} subnormal; "
         f"largest |w| {total.max_abs:.4g}"
     )
-    if left_out := [name for name in _cells(shown[0]) if name not in columns and name in _DISPENSABLE]:
+    if left_out := [name for name in _cells(shown[0]) if name not in columns]:
         typer.echo(f"left out, being zero or for want of room: {', '.join(left_out)}; --json has everything")
     typer.echo("errors are of rounding, relative to the weights, root mean square; none where that dtype is stored")
     if model.skipped:
