@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+PICKLED = (".bin", ".pt", ".pth")
+_OF_FILES = (*PICKLED, ".safetensors", ".json", ".gguf")
+_EXPORTED = "huggingface"  # the folder for it in a checkpoint of verl
 _LFS = b"version https://git-lfs"
 _NAME_A_MODEL = "Name a Hugging Face model folder or a .safetensors file"
 
@@ -22,9 +26,18 @@ def not_there(path: Path) -> ModelError:
             "model again"
         )
     message = f"{path}: there is no such file or folder. {_NAME_A_MODEL}"
-    if not path.is_absolute() and len(path.parts) == 2:
+    if may_be_of_the_hub(path) and len(path.parts) == 2 and not os.path.exists(path.parts[0]):
         message += f"; a model of the hub has to be downloaded first: hf download {path} --local-dir {path.name}"
     return ModelError(message)
+
+
+def may_be_of_the_hub(path: Path) -> bool:
+    """Whether a model of the Hugging Face hub could have this name."""
+    return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", str(path), re.ASCII)) and path.suffix not in _OF_FILES
+
+
+def not_cached(name: Path) -> ModelError:
+    return ModelError(f"{name}: the Hugging Face cache has it without weights. Download them: hf download {name}")
 
 
 def inaccessible(path: Path, error: OSError) -> ModelError:
@@ -39,7 +52,7 @@ def inaccessible(path: Path, error: OSError) -> ModelError:
 
 def no_permission(path: Path) -> ModelError:
     barred = next((folder for folder in reversed(path.absolute().parents) if not os.access(folder, os.X_OK)), path)
-    command = f"chmod a+rX {shlex.quote(str(barred))}"
+    command = f"chmod a+rX {_quoted(barred)}"
     return ModelError(f"{path}: there is no permission to read it. The owner can give it: {command}")
 
 
@@ -63,16 +76,55 @@ def no_weights_in(file: Path) -> ModelError:
     return ModelError(f"{file}: there are no weights in a {file.suffix} file. Name its folder: {file.parent}")
 
 
-def pickled(folder: Path, name: str) -> ModelError:
-    return ModelError(
-        f'{folder}: its weights are {name} and no safetensors. Convert them: python -c "from transformers import '
-        f"AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"
-        f".save_pretrained('{folder}-safetensors')\""
-    )
+def pickled(file: Path) -> ModelError:
+    checkpoint = _checkpoint_of(file)
+    return _unmerged(file, checkpoint) if checkpoint else _to_convert(file.parent, file.name)
 
 
 def no_safetensors(folder: Path) -> ModelError:
+    if checkpoint := _checkpoint_of(folder):
+        return _unmerged(folder, checkpoint)
     if any(folder.glob("pytorch_model*.bin*")):
-        return pickled(folder, "pytorch_model.bin")
+        return _to_convert(folder, "pytorch_model.bin")
     there = f"has a {CONFIG} and no weights" if (folder / CONFIG).is_file() else f"has no {CONFIG} and no safetensors"
     return ModelError(f"{folder}: it is no model: it {there}. {_NAME_A_MODEL}")
+
+
+def _to_convert(folder: Path, name: str) -> ModelError:
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M; "
+        "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2])"
+    )
+    folders = _quoted(folder, _beside(folder, "-safetensors"))
+    return ModelError(
+        f'{folder}: its weights are {name} and no safetensors. Convert them: python -c "{code}" {folders}'
+    )
+
+
+def _checkpoint_of(path: Path) -> Path | None:
+    """The checkpoint of verl's FSDP engine that this is, or is in, or that is the actor's of this training step."""
+    folder = path if path.is_dir() else path.parent
+    places = [folder, folder / "actor"]
+    if folder.absolute().name == _EXPORTED:
+        places.append(folder.absolute().parent)
+    shards = "model_world_size_*_rank_*.pt"
+    return next((p for p in places if (p / "fsdp_config.json").is_file() or any(p.glob(shards))), None)
+
+
+def _unmerged(path: Path, checkpoint: Path) -> ModelError:
+    if any((checkpoint / _EXPORTED).glob("*.safetensors")):
+        told = f"this is a verl checkpoint, and its weights are exported too. Name {checkpoint / _EXPORTED}"
+        return ModelError(f"{path}: {told}")
+    return ModelError(
+        f"{path}: this is a verl checkpoint: merge it first: python -m verl.model_merger merge --backend fsdp "
+        f"--local_dir {_quoted(checkpoint)} --target_dir {_quoted(_beside(checkpoint, '-merged'))}"
+    )
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    return folder.with_name(folder.name + ending)
+
+
+def _quoted(*paths: Path) -> str:
+    return shlex.join(map(str, paths))

@@ -78,7 +78,7 @@ def open_model(path: Path) -> Model:
     Raises:
         ModelError: it is no model, is incomplete or damaged, or is quantized.
     """
-    path = located(path)
+    path, _ = located(path)
     folder = path if path.is_dir() else path.parent
     config = _config(folder / CONFIG)
     if quantization := config.get("quantization_config"):

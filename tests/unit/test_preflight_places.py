@@ -1,0 +1,123 @@
+"""What somebody may name to preflight: verl's checkpoints, models of the hub."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from preflight_models import found_in, make_model, preflight
+
+
+def checkpoint(path: Path, *files: str) -> Path:
+    """What verl saves of an actor."""
+    make_model(path / "huggingface")
+    (path / "huggingface" / "model.safetensors").unlink()
+    for file in files:
+        (path / file).write_text("")
+    return path
+
+
+RANK = "model_world_size_2_rank_0.pt"
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    (
+        (("fsdp_config.json", RANK), "."),
+        (("fsdp_config.json",), "."),
+        ((RANK,), "."),
+        ((RANK,), RANK),
+        (("fsdp_config.json", "optim_world_size_2_rank_1.pt"), "optim_world_size_2_rank_1.pt"),
+        ((RANK,), "huggingface"),
+        ((RANK,), ".."),
+    ),
+)
+def test_verls_checkpoints_have_to_be_merged(files, named, tmp_path):
+    actor = checkpoint(tmp_path / "it's a run" / "global_step_3" / "actor", *files)
+    path = (actor / named).resolve()
+    result = preflight(path)
+    assert result.exit_code == 3
+    told, command = result.stderr.split(" merge it first: ")
+    assert told == f"verl-fp16: {path}: this is a verl checkpoint:"
+    words = "python -m verl.model_merger merge --backend fsdp --local_dir".split()
+    assert shlex.split(command) == [*words, str(actor), "--target_dir", f"{actor}-merged"]
+
+
+def test_a_checkpoint_that_was_exported_as_well(tmp_path):
+    actor = checkpoint(tmp_path / "global_step_3" / "actor", "fsdp_config.json", RANK)
+    make_model(actor / "huggingface")
+    assert preflight(actor / "huggingface").exit_code == 0
+    for named in (actor, actor / RANK):
+        told = f"{named}: this is a verl checkpoint, and its weights are exported too. Name {actor / 'huggingface'}"
+        assert preflight(named).stderr == f"verl-fp16: {told}\n"
+
+
+def test_how_to_convert_pickled_weights_whatever_the_folder_is_called(tmp_path):
+    path = make_model(tmp_path / """it's "my" model""")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    command = preflight(path).stderr.partition("Convert them: ")[2]
+    python, option, code, source, target = shlex.split(command)
+    assert (python, option, source, target) == ("python", "-c", str(path), f"{path}-safetensors")
+    assert "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2])" in code
+    compile(code, "command", "exec")
+
+
+@pytest.mark.parametrize(
+    ("named", "of_the_hub"),
+    (
+        ("Qwen/Qwen3-0.6B", True),
+        ("org/model.v2", True),
+        ("sharded/model-00002-of-00006.safetensors", False),
+        ("org/model.bin", False),
+        ("org/model.pt", False),
+        ("here/model", False),
+        ("../model", False),
+        ("a/b/c", False),
+        ("model", False),
+        ("my models/model", False),
+        ("/model", False),
+    ),
+)
+def test_only_what_looks_like_a_name_of_the_hub_is_to_be_downloaded(named, of_the_hub, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    told = preflight(Path(named)).stderr
+    assert told.startswith(f"verl-fp16: {named}: there is no such file or folder. Name a Hugging Face model folder")
+    assert (f"hf download {named} --local-dir" in told) == of_the_hub
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """Where org/small of the hub would be cached; whoever wants the network fails."""
+
+    def connect(*arguments):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "cache" / "models--org--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    return repository / "snapshots" / "c0ffee"
+
+
+def test_a_model_in_the_cache_needs_no_download(cache):
+    make_model(cache)
+    found = found_in(Path("org/small"))
+    assert (found["verdict"], found["model"]) == ("FIT", str(cache))
+    make_model(Path("org/small"), {"here.weight": torch.ones(3)})
+    assert found_in(Path("org/small"))["model"] == "org/small"
+
+
+def test_a_model_of_which_the_cache_has_no_weights(cache):
+    assert "hf download org/small --local-dir small" in preflight(Path("org/small")).stderr
+    make_model(cache)
+    (cache / "model.safetensors").unlink()
+    told = "org/small: the Hugging Face cache has it without weights. Download them: hf download org/small"
+    assert preflight(Path("org/small")).stderr == f"verl-fp16: {told}\n"
+    (cache / "pytorch_model.bin").write_text("")
+    assert "its weights are pytorch_model.bin" in preflight(Path("org/small")).stderr
