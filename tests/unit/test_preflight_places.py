@@ -1,4 +1,4 @@
-"""What somebody may name to preflight: verl's checkpoints, models of the hub."""
+"""What somebody may name to preflight: shards, adapters, verl's checkpoints, models of the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,81 @@ from pathlib import Path
 
 import pytest
 import torch
-from preflight_models import found_in, make_model, preflight
+from preflight_models import INDEX, TENSORS, found_in, make_model, preflight
+from safetensors.torch import save_file
+
+WITHOUT_CONFIG = "no config.json: architecture and quantization were not checked"
+ADAPTER = "this is a LoRA adapter: check its base model too"
+PART = "1 of 4 shards looked at: name the folder for the whole model"
+
+
+def in_shards(path: Path, first: int = 1) -> Path:
+    """Four shards, and no index that says so."""
+    places = {name: f"model-{first + number % 4:05}-of-00004.safetensors" for number, name in enumerate(TENSORS)}
+    make_model(path, shard_of=places.get)
+    (path / INDEX).unlink()
+    return path
+
+
+@pytest.mark.parametrize("first", (0, 1))
+def test_all_shards_count_without_an_index(first, tmp_path):
+    found = found_in(in_shards(tmp_path / "model", first))
+    assert (found["verdict"], found["notes"], len(found["tensors"])) == ("FIT", [], 5)
+
+
+@pytest.mark.parametrize(
+    ("gone", "more"), (((2,), ""), ((2, 4), " (and 1 more of 4)"), ((1, 2, 3), " (and 2 more of 4)"))
+)
+def test_a_shard_that_is_missing_without_an_index(gone, more, tmp_path):
+    path = in_shards(tmp_path / "model")
+    for number in gone:
+        (path / f"model-0000{number}-of-00004.safetensors").unlink()
+    result = preflight(path)
+    assert result.exit_code == 3
+    name = f"model-0000{gone[0]}-of-00004.safetensors"
+    told = f"{path}: {name} is missing{more}: the model is incomplete. Download or save the model again"
+    assert result.stderr == f"verl-fp16: {told}\n"
+
+
+def test_shards_of_two_savings_are_each_to_be_complete(tmp_path):
+    path = in_shards(tmp_path / "model")
+    save_file({"other.weight": torch.ones(3)}, path / "model-00001-of-00002.safetensors")
+    assert "model-00002-of-00002.safetensors is missing: " in preflight(path).stderr
+
+
+def test_a_shard_by_itself_says_that_it_is_one_of_several(tmp_path):
+    path = in_shards(tmp_path / "model") / "model-00003-of-00004.safetensors"
+    assert found_in(path)["notes"] == [PART]
+    result = preflight(path)
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, f"note: {PART}")
+    only = path.rename(path.with_name("model-00001-of-00001.safetensors"))
+    assert found_in(only)["notes"] == []
+
+
+def test_without_a_config_it_says_what_was_not_checked(tmp_path):
+    path = make_model(tmp_path / "model")
+    assert found_in(path)["notes"] == []
+    (path / "config.json").unlink()
+    for named in (path, path / "model.safetensors"):
+        assert found_in(named)["notes"] == [WITHOUT_CONFIG]
+        result = preflight(named)
+        assert result.exit_code == 0
+        assert result.stdout.splitlines()[-2:] == [
+            "FIT for FP16, as far as its weights tell",
+            f"note: {WITHOUT_CONFIG}",
+        ]
+
+
+def test_an_adapter_says_that_it_is_none_without_its_base_model(tmp_path):
+    save_file({"a.lora_A.weight": torch.ones(3)}, tmp_path / "adapter_model.safetensors")
+    assert found_in(tmp_path / "adapter_model.safetensors")["notes"] == [WITHOUT_CONFIG, ADAPTER]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert found_in(tmp_path)["notes"] == [WITHOUT_CONFIG, ADAPTER]
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "lora.safetensors")
+    assert found_in(tmp_path)["notes"] == [WITHOUT_CONFIG, ADAPTER]
+    # A whole model beside which an adapter lies.
+    make_model(tmp_path)
+    assert found_in(tmp_path)["notes"] == []
 
 
 def checkpoint(path: Path, *files: str) -> Path:
@@ -109,8 +183,9 @@ def test_a_model_in_the_cache_needs_no_download(cache):
     make_model(cache)
     found = found_in(Path("org/small"))
     assert (found["verdict"], found["model"]) == ("FIT", str(cache))
+    assert found["notes"] == [f"read from the Hugging Face cache: {cache}"]
     make_model(Path("org/small"), {"here.weight": torch.ones(3)})
-    assert found_in(Path("org/small"))["model"] == "org/small"
+    assert (found_in(Path("org/small"))["model"], found_in(Path("org/small"))["notes"]) == ("org/small", [])
 
 
 def test_a_model_of_which_the_cache_has_no_weights(cache):

@@ -195,6 +195,7 @@ def _as_json(model: Model, reports: list[TensorReport], verdict: Verdict) -> str
     found = {
         "verdict": verdict.verdict,
         "reasons": [dataclasses.asdict(reason) for reason in verdict.reasons],
+        "notes": model.notes,
         "model": str(model.path),
         "model_type": model.model_type,
         "total": dataclasses.asdict(_total(reports)),
@@ -235,6 +236,8 @@ def _show(model: Model, reports: list[TensorReport], verdict: Verdict, every: bo
     typer.secho(f"{verdict.verdict} for FP16, as far as its weights tell", fg=_COLOURS[verdict.verdict], bold=True)
     for number, reason in enumerate(verdict.reasons, 1):
         typer.echo(f"{number}. {reason.verdict}: {reason.why}")
+    for note in model.notes:
+        typer.echo(f"note: {note}")
 
 
 def _cells(report: TensorReport) -> dict[str, str]:

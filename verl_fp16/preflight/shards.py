@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ PIECE = 2**19
 WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
+_SHARD = re.compile(r"(?P<model>.*)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
 _MASKS = ("bias", "masked_bias", "mask")  # GPT-2 keeps its causal mask as bytes, under the first of these names
 
 
@@ -56,12 +58,14 @@ class Model:
         weights: the floating tensors, file by file, in their order in the file.
         skipped: tensors of integers or bools, such as position ids.
         model_type: the architecture, as ``config.json`` says it; None without that file.
+        notes: what a verdict on it leaves open, and where it was found, in sentences.
     """
 
     path: Path
     weights: tuple[StoredTensor, ...]
     skipped: tuple[StoredTensor, ...]
     model_type: str | None
+    notes: tuple[str, ...]
 
     @property
     def size(self) -> int:
@@ -73,12 +77,13 @@ def open_model(path: Path) -> Model:
     """Read the headers of a model's shards.
 
     Args:
-        path: a model folder, or one file of safetensors, beside which a ``config.json`` may lie.
+        path: a model folder, or one file of safetensors, beside which a ``config.json`` may lie; or the name of a model
+            in the Hugging Face cache.
 
     Raises:
         ModelError: it is no model, is incomplete or damaged, or is quantized.
     """
-    path, _ = located(path)
+    path, cached = located(path)
     folder = path if path.is_dir() else path.parent
     config = _config(folder / CONFIG)
     if quantization := config.get("quantization_config"):
@@ -95,7 +100,20 @@ def open_model(path: Path) -> Model:
         raise ModelError(f"{path}: there is no weight in it. Name a model that has been trained, or save it again")
     skipped = tuple(tensor for tensor in tensors if tensor.dtype not in WEIGHT_DTYPES)
     model_type = config.get("model_type")
-    return Model(path, weights, skipped, model_type if isinstance(model_type, str) else None)
+    notes = (f"read from the Hugging Face cache: {path}",) if cached else ()
+    notes += tuple(_notes(path, folder, {tensor.file.name for tensor in weights}))
+    return Model(path, weights, skipped, model_type if isinstance(model_type, str) else None, notes)
+
+
+def _notes(path: Path, folder: Path, files: set[str]) -> Iterator[str]:
+    shard = _SHARD.fullmatch(path.name)
+    if shard and path.is_file() and int(shard["total"]) > 1:
+        yield f"1 of {int(shard['total'])} shards looked at: name the folder for the whole model"
+    without_config = not (folder / CONFIG).is_file()
+    if without_config:
+        yield f"no {CONFIG}: architecture and quantization were not checked"
+    if "adapter_model.safetensors" in files or (without_config and (folder / "adapter_config.json").is_file()):
+        yield "this is a LoRA adapter: check its base model too"
 
 
 def read(model: Model, piece: int = PIECE) -> Iterator[tuple[StoredTensor, Iterator[torch.Tensor]]]:
@@ -143,6 +161,7 @@ def _headers(path: Path) -> list[StoredTensor]:
     files = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise no_safetensors(path)
+    _refuse_incomplete(path, files)
     found: dict[str, StoredTensor] = {}
     for tensor in (tensor for file in files for tensor in _header(file)):
         other = found.setdefault(tensor.name, tensor)
@@ -152,6 +171,21 @@ def _headers(path: Path) -> list[StoredTensor]:
                 "which counts. Name one of the files, or remove what is not the model's"
             )
     return list(found.values())
+
+
+def _refuse_incomplete(folder: Path, files: list[Path]) -> None:
+    """Without an index the names of shards are what says how many there are."""
+    numbers: dict[tuple[str, str], dict[int, str]] = {}
+    for shard in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
+        numbers.setdefault((shard["model"], shard["total"]), {})[int(shard["number"])] = shard["number"]
+    for (model, total), there in numbers.items():
+        if (missing := int(total) - len(there)) > 0:
+            first = next(number for number in range(0 if 0 in there else 1, int(total) + 1) if number not in there)
+            name = f"{model}-{first:0{len(next(iter(there.values())))}}-of-{total}.safetensors"
+            more = f" (and {missing - 1} more of {int(total)})" if missing > 1 else ""
+            raise ModelError(
+                f"{folder}: {name} is missing{more}: the model is incomplete. Download or save the model again"
+            )
 
 
 def _indexed(index: Path) -> list[StoredTensor]:
