@@ -95,7 +95,6 @@ class _Found:
 
 
 def _examined(path: Path) -> _Found:
-    started = time.monotonic()
     try:
         from verl_fp16.guard.model import refused_in_float16
         from verl_fp16.preflight.shards import WEIGHT_DTYPES, open_model, read
@@ -104,6 +103,7 @@ def _examined(path: Path) -> _Found:
     except ImportError as error:
         raise ModelError(f"{error}: torch and safetensors are needed to read a model") from None
 
+    started = time.monotonic()
     model = open_model(path)
     reports = []
     with one_thread(), _progress(model) as advance:
