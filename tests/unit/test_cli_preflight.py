@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from verl_fp16.guard.model import refused_in_float16
 from verl_fp16.preflight import shards, weights
 from verl_fp16.preflight.shards import open_model, read, slices
 
+README = Path(__file__).parents[2] / "README.md"
 COUNTED = ["overflow", "inf, nan", "to zero", "subnormal"]
 COLUMNS = ["tensor", "shape", "stored", "max |w|", *COUNTED, "FP16 error", "BF16 error"]
 
@@ -73,7 +75,7 @@ def test_each_column_that_a_terminal_does_not_get_is_named(tmp_path, monkeypatch
     shown = told.splitlines()[0].split("\t")
     (left_out,) = re.findall("^left out, being zero or for want of room: (.*); --json has everything$", told, re.M)
     assert {"tensor", "max |w|"} <= set(shown) < set(COLUMNS)
-    assert left_out == ", ".join(name for name in COLUMNS if name not in shown)
+    assert left_out == " | ".join(name for name in COLUMNS if name not in shown)
     assert "inf, nan" in left_out
 
 
@@ -127,6 +129,16 @@ def test_json_has_everything_and_comes_back(tmp_path):
     for field in ("values", "overflow", "flushed", "subnormal", "non_finite"):
         assert found["total"][field] == sum(row["counts"][field] for row in rows.values())
     assert found["total"]["max_abs"] == pytest.approx(7e4)
+
+
+def test_the_readme_names_each_column_and_key(tmp_path):
+    section = README.read_text().partition("### Does a model fit FP16?")[2].partition("\n## ")[0]
+    found = found_in(make_model(tmp_path / "model", with_weight(7e4)))
+    row = found["tensors"][0]
+    keys = {*found, *found["reasons"][0], *row, *row["counts"], *found["skipped"][0], "error"}
+    assert [key for key in sorted(keys) if f"`{key}`" not in section] == []
+    columns = section.partition("| column | key |")[2].replace("\\|", "|")
+    assert [name for name in COLUMNS if name not in columns] == []
 
 
 def test_sharded_and_whole_and_a_single_file_give_the_same(tmp_path):

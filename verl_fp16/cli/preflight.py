@@ -227,7 +227,7 @@ def _show(model: Model, reports: list[TensorReport], verdict: Verdict, every: bo
         f"largest |w| {total.max_abs:.4g}"
     )
     if left_out := [name for name in _cells(shown[0]) if name not in columns]:
-        typer.echo(f"left out, being zero or for want of room: {', '.join(left_out)}; --json has everything")
+        typer.echo(f"left out, being zero or for want of room: {' | '.join(left_out)}; --json has everything")
     typer.echo("errors are of rounding, relative to the weights, root mean square; none where that dtype is stored")
     if model.skipped:
         named = ", ".join(f"{tensor.name} ({tensor.dtype})" for tensor in model.skipped[:5])
