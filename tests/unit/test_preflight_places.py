@@ -73,6 +73,15 @@ def test_without_a_config_it_says_what_was_not_checked(tmp_path):
         ]
 
 
+@pytest.mark.parametrize("kind", (None, 7))
+def test_a_config_that_names_no_architecture(kind, tmp_path):
+    found = found_in(make_model(tmp_path / "model", model_type=kind))
+    assert (found["verdict"], found["notes"]) == (
+        "FIT",
+        ["no model_type in config.json: the architecture was not checked"],
+    )
+
+
 def test_an_adapter_says_that_it_is_none_without_its_base_model(tmp_path):
     save_file({"a.lora_A.weight": torch.ones(3)}, tmp_path / "adapter_model.safetensors")
     assert found_in(tmp_path / "adapter_model.safetensors")["notes"] == [WITHOUT_CONFIG, ADAPTER]

@@ -100,18 +100,21 @@ def open_model(path: Path) -> Model:
         raise ModelError(f"{path}: there is no weight in it. Name a model that has been trained, or save it again")
     skipped = tuple(tensor for tensor in tensors if tensor.dtype not in WEIGHT_DTYPES)
     model_type = config.get("model_type")
+    model_type = model_type if isinstance(model_type, str) else None
     notes = (f"read from the Hugging Face cache: {path}",) if cached else ()
-    notes += tuple(_notes(path, folder, {tensor.file.name for tensor in weights}))
-    return Model(path, weights, skipped, model_type if isinstance(model_type, str) else None, notes)
+    notes += tuple(_notes(path, folder, model_type, {tensor.file.name for tensor in weights}))
+    return Model(path, weights, skipped, model_type, notes)
 
 
-def _notes(path: Path, folder: Path, files: set[str]) -> Iterator[str]:
+def _notes(path: Path, folder: Path, model_type: str | None, files: set[str]) -> Iterator[str]:
     shard = _SHARD.fullmatch(path.name)
     if shard and path.is_file() and int(shard["total"]) > 1:
         yield f"1 of {int(shard['total'])} shards looked at: name the folder for the whole model"
     without_config = not (folder / CONFIG).is_file()
     if without_config:
         yield f"no {CONFIG}: architecture and quantization were not checked"
+    elif model_type is None:
+        yield f"no model_type in {CONFIG}: the architecture was not checked"
     if "adapter_model.safetensors" in files or (without_config and (folder / "adapter_config.json").is_file()):
         yield "this is a LoRA adapter: check its base model too"
 
