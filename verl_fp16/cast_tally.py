@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 
@@ -91,10 +92,22 @@ def empty_image(source: torch.Tensor, dtype: torch.dtype, memory: RecycledMemory
     return room.permute([order.index(dimension) for dimension in range(source.dim())])
 
 
-def scratch(dtype: torch.dtype) -> torch.Tensor:
-    """Memory for :func:`tally_on_cpu` with images of ``dtype``, to be used again: new pages cost as much as a cast."""
-    size = CPU_CHUNK * min(torch.get_num_threads(), _MOST_THREADS)
-    return torch.empty(size, dtype=_FORMATS[dtype].bits, device="cpu")
+class CastMemory:
+    """Memory for casts on the CPU to one dtype, one after the other: of their images, and to work in.
+
+    Args:
+        dtype: of the images.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.images = RecycledMemory()
+        self._dtype = dtype
+
+    @cached_property
+    def scratch(self) -> torch.Tensor:
+        """For :func:`tally_on_cpu`."""
+        size = CPU_CHUNK * min(torch.get_num_threads(), _MOST_THREADS)
+        return torch.empty(size, dtype=_FORMATS[self._dtype].bits, device="cpu")
 
 
 def tally_on_cpu(source: torch.Tensor, image: torch.Tensor, clamp: bool, room: torch.Tensor) -> CastCounts:
@@ -104,7 +117,7 @@ def tally_on_cpu(source: torch.Tensor, image: torch.Tensor, clamp: bool, room: t
         source: floating, on the CPU.
         image: from :func:`empty_image`, or ``source`` itself, which is then only counted.
         clamp: whether finite values beyond the range become the largest finite number.
-        room: from :func:`scratch`; its length is that of a chunk.
+        room: :attr:`CastMemory.scratch`; its length is that of a chunk.
     """
     counts = CastCounts()
     for part, rounded in _flat(source, image, len(room)):

@@ -12,20 +12,18 @@ from collections.abc import Sequence
 
 import torch
 
-_KEPT = 3
+_KEPT = 4
 
 
 class RecycledMemory:
     """Gives tensors on the CPU the memory of earlier ones, once nothing of these, no view either, is left.
 
-    Three free blocks are kept at most, and a tensor gets none that is more than twice its size. For one thread at a
-    time. The tensors' storages cannot be resized; torch makes them by way of numpy.
+    The four largest free blocks are kept, and a tensor gets none that is more than twice its size. For one thread at
+    a time. The tensors' storages cannot be resized; torch makes them by way of numpy.
     """
 
     def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
-        self.scratch: torch.Tensor | None = None
-        """For who wants to keep one more tensor with it; not touched here."""
+        self._free: list[torch.Tensor] = []  # by size
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor, not initialised, aligned as torch aligns its own."""
@@ -35,15 +33,16 @@ class RecycledMemory:
         block = self._block(count * dtype.itemsize)
         # A tensor's storage holds what it was made of: when that goes, so has the last tensor that shared it.
         lease = memoryview(block.numpy())
-        weakref.finalize(lease, self._free.append, block).atexit = False
+        weakref.finalize(lease, self._take_back, block).atexit = False
         return torch.frombuffer(lease, dtype=dtype, count=count).view(tuple(shape))
 
     def _block(self, size: int) -> torch.Tensor:
-        self._free.sort(key=len)
-        del self._free[:-_KEPT]
-        for index, block in enumerate(self._free):
+        for block in self._free:
             if size <= len(block) <= 2 * size:
-                return self._free.pop(index)
-        if len(self._free) == _KEPT:
-            del self._free[0]
+                self._free = [other for other in self._free if other is not block]
+                return block
         return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+    def _take_back(self, block: torch.Tensor) -> None:
+        # May run in the middle of _block, which then goes on with the list that it has.
+        self._free = sorted([*self._free, block], key=len)[-_KEPT:]

@@ -16,10 +16,25 @@ from dataclasses import dataclass
 
 import torch
 
-from verl_fp16.cast_tally import DTYPES, CastCounts, counts_from, empty_image, scratch, tally_on_cpu, tally_on_device
-from verl_fp16.recycled_memory import RecycledMemory
+from verl_fp16.cast_tally import (
+    DTYPES,
+    CastCounts,
+    CastMemory,
+    counts_from,
+    empty_image,
+    tally_on_cpu,
+    tally_on_device,
+)
 
-__all__ = ["OVERFLOW_POLICIES", "CastCounts", "CheckedCast", "WeightOverflow", "non_finite_message", "overflow_message"]
+__all__ = [
+    "OVERFLOW_POLICIES",
+    "CastCounts",
+    "CastMemory",
+    "CheckedCast",
+    "WeightOverflow",
+    "non_finite_message",
+    "overflow_message",
+]
 
 OVERFLOW_POLICIES = ("error", "clamp", "ignore")
 """What becomes of finite values beyond the range: ``error`` and ``ignore`` leave them infinite (and
@@ -48,14 +63,14 @@ class CheckedCast:
     Args:
         dtype: what is cast to: float16, bfloat16 or float32.
         on_overflow: one of :data:`OVERFLOW_POLICIES`.
-        memory: where images on the CPU get theirs from, for several casts to ``dtype`` after each other.
+        memory: of ``dtype``, for several of these casts after each other; its own where left out.
 
     Raises:
         ValueError: another dtype or policy.
     """
 
     def __init__(
-        self, dtype: torch.dtype = torch.float16, on_overflow: str = "error", memory: RecycledMemory | None = None
+        self, dtype: torch.dtype = torch.float16, on_overflow: str = "error", memory: CastMemory | None = None
     ) -> None:
         if dtype not in DTYPES or dtype == torch.float64:
             raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, got {dtype}")
@@ -63,7 +78,7 @@ class CheckedCast:
             raise ValueError(f"on_overflow must be one of {', '.join(OVERFLOW_POLICIES)}, got {on_overflow!r}")
         self.dtype = dtype
         self.on_overflow = on_overflow
-        self._memory = memory or RecycledMemory()
+        self._memory = memory or CastMemory(dtype)
         self._counted: list[tuple[str, CastCounts] | _Pending] = []
 
     @torch.no_grad()
@@ -83,11 +98,9 @@ class CheckedCast:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}, which cannot be cast: only {', '.join(map(str, DTYPES))} can")
         source = tensor.detach()
-        image = source if source.dtype == self.dtype else empty_image(source, self.dtype, self._memory)
+        image = source if source.dtype == self.dtype else empty_image(source, self.dtype, self._memory.images)
         clamp = self.on_overflow == "clamp"
         if tensor.device.type == "cpu":
-            if self._memory.scratch is None:
-                self._memory.scratch = scratch(self.dtype)
             self._counted.append((name, tally_on_cpu(source, image, clamp, self._memory.scratch)))
         else:
             self._counted.append(_Pending(name, source.dtype, tally_on_device(source, image, clamp)))

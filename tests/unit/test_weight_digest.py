@@ -41,10 +41,13 @@ def mixed(number: int) -> int:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
+    cached = digest._base, digest._factor
     monkeypatch.setattr(digest, "_BLOCK", 64)
-    digest._base.cache_clear()
+    for function in cached:
+        function.cache_clear()
     yield
-    digest._base.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

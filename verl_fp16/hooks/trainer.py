@@ -96,8 +96,7 @@ def log_training_step(original: Callable[..., None]) -> Callable[..., None]:
             original(self, data, step, *args, **kwargs)
             if record.checkpoint_wanted and getattr(_trainer, "_verl_fp16_saved_step", None) != step:
                 _trainer._save_checkpoint()
-        except Exception as error:
-            # Any: verl's loggers and its checkpoint raise what they like. The stop stands all the same, and says so.
+        except Exception as error:  # verl's loggers and its checkpoint raise anything; a stop stands all the same
             record.raise_if_stopped(besides=error)
             raise
         record.raise_if_stopped()

@@ -114,8 +114,9 @@ def _base(device: str) -> torch.Tensor:
     return _scrambled(torch.arange(1, _BLOCK + 1, device=device) * _STEP) | 1
 
 
+@cache
 def _factor(block: int) -> int:
-    return int(_scrambled(torch.tensor(_wrapped((block + _BLOCK) * _STEP)))) | 1
+    return int(_scrambled(torch.tensor(_wrapped((block + _BLOCK) * _STEP), device="cpu"))) | 1
 
 
 def _scrambled(bits: torch.Tensor) -> torch.Tensor:

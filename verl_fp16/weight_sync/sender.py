@@ -16,8 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from verl_fp16.ranks import rank_and_world_size
-from verl_fp16.recycled_memory import RecycledMemory
-from verl_fp16.weight_cast import CheckedCast
+from verl_fp16.weight_cast import CastMemory, CheckedCast
 from verl_fp16.weight_sync.digest import as_unsigned, stream_digest
 from verl_fp16.weight_sync.update_sample import UpdateSample
 
@@ -54,8 +53,8 @@ class WeightSender:
         self._streamed_as: dict[str, list[str]] = {}
         self._samples = UpdateSample(dtype)
         self._digests_wanted = False
-        # For weights on the CPU: up to three images of the largest are kept for as long as the run lasts.
-        self._memory = RecycledMemory()
+        # For weights on the CPU: up to four images of the largest are kept for as long as the run lasts.
+        self._memory = CastMemory(dtype)
         self._rounds: list[_Round] = []
 
     def learn(self, learned: Learned | None) -> None:
@@ -171,7 +170,7 @@ def _is_first_copy(param: DTensor) -> bool:
 class _Round:
     """One stream: what was cast for it, and what went into it."""
 
-    def __init__(self, dtype: torch.dtype, on_overflow: str, memory: RecycledMemory) -> None:
+    def __init__(self, dtype: torch.dtype, on_overflow: str, memory: CastMemory) -> None:
         self.counted = CheckedCast(dtype, on_overflow, memory)
         # Of what another rank counts.
         self.copies = CheckedCast(dtype, on_overflow, memory)
