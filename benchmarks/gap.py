@@ -136,8 +136,6 @@ def compare(rows: list, training: dict, rollout: dict) -> dict:
     """Gap of every pair with intervals, and the factors between BF16 and the others."""
     import torch
 
-    from verl_fp16.mismatch.statistics import k3, log_prob_differences
-
     floor = [torch.tensor(entropy) >= ENTROPY_FLOOR for _, _, entropy in rows]
     counts = torch.stack([keep.sum() for keep in floor]).double()
     generator = torch.Generator().manual_seed(0)
@@ -146,8 +144,8 @@ def compare(rows: list, training: dict, rollout: dict) -> dict:
     for name, (train_side, rollout_side) in PAIRS.items():
         sums = torch.zeros(len(rows), 2, dtype=torch.float64)
         for i, keep in enumerate(floor):
-            d = log_prob_differences(rollout[rollout_side]["log_probs"][i], training[train_side]["log_probs"][i], keep)
-            sums[i, 0], sums[i, 1] = d.abs().sum(), k3(d).sum()
+            d = (rollout[rollout_side]["log_probs"][i].double() - training[train_side]["log_probs"][i].double())[keep]
+            sums[i, 0], sums[i, 1] = d.abs().sum(), (torch.expm1(-d) + d).sum()
         boot = sums[picks].sum(1) / counts[picks].sum(1, keepdim=True)
         samples[name] = boot
         means = sums.sum(0) / counts.sum()

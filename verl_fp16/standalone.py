@@ -27,6 +27,7 @@ def mixed_precision(
     folder: str | None = None,
     fault_injection: Sequence[dict[str, Any]] = (),
     weight_sync: dict[str, Any] | None = None,
+    bypass_mode: bool = False,
 ) -> dict[str, Any]:
     """What the flag puts into a role's ``fsdp_config.mixed_precision``.
 
@@ -37,6 +38,7 @@ def mixed_precision(
         folder: the run's folder, where skipped updates are recorded.
         fault_injection: see :mod:`verl_fp16.fault_injection`.
         weight_sync: the rollout's dtype, ``dtype`` where left out, and settings of the sync; defaults where left out.
+        bypass_mode: whether the rollout's log-probabilities are taken for those of the old policy.
     """
     return {
         "param_dtype": dtype,
@@ -47,6 +49,7 @@ def mixed_precision(
             "dtype": dtype,
             "loss_scale": loss_scale or {},
             "folder": folder,
+            "bypass_mode": bypass_mode,
             "fault_injection": list(fault_injection),
             "weight_sync": {"dtype": dtype, **asdict(WeightSyncSettings()), **(weight_sync or {})},
         },

@@ -64,6 +64,8 @@ def apply(config, overrides):
             is_payload = value.startswith("${verl_fp16:")
             value = payload(value[12:-1], Settings()) if is_payload else yaml.safe_load(value)
             OmegaConf.update(config, key, value, merge=False, force_add=True)
+        if key == f"{CORRECTION}.bypass_mode":  # the flag's resolver reads it
+            OmegaConf.update(config, f"{ACTOR}.mixed_precision.verl_fp16.bypass_mode", value is True)
     return OmegaConf.to_container(config, resolve=True)
 
 
@@ -206,13 +208,12 @@ def test_spellings_of_the_declared_dtype_pass():
     assert check(same) == []
 
 
-def test_bypass_mode_in_both_places_is_only_warned_of_and_the_legacy_trainer_needs_one():
+def test_bypass_mode_passes_in_both_places_and_the_legacy_trainer_needs_one():
     both = (f"{CORRECTION}.bypass_mode=true", f"{LOSS}=bypass_mode")
     correction = "+actor_rollout_ref.actor.policy_loss.rollout_correction={bypass_mode: true, rollout_is: token}"
-    assert [finding.severity for finding in check((*both, correction))] == ["warning"]
-    assert [finding.key for finding in check(both)] == [f"{CORRECTION}.rollout_is", f"{CORRECTION}.bypass_mode"]
-    legacy = check((f"{CORRECTION}.bypass_mode=true", "trainer.use_v1=false"))
-    assert [finding.severity for finding in legacy] == ["warning"]
+    assert check((*both, correction)) == []
+    assert [finding.key for finding in check(both)] == [f"{CORRECTION}.rollout_is"]
+    assert check((f"{CORRECTION}.bypass_mode=true", "trainer.use_v1=false")) == []
 
 
 def test_temperature_matters_with_raw_log_probs_only():

@@ -32,10 +32,6 @@ def bypass_mode(case: Case) -> Iterator[Finding]:
         yield Finding("error", LOSS, "bypass_mode", why, (f"{LOSS}=vanilla",), f"or {BYPASS}=true")
     elif bypass is True:
         yield from _different_corrections(case)
-        why = (
-            "old log-probs are the rollout's: no gap between training and rollout is logged, and mismatch/* is missing"
-        )
-        yield Finding("warning", BYPASS, bypass, why, (f"{BYPASS}=false", f"{LOSS}=vanilla"))
     elif bypass is not False:
         yield Finding("error", BYPASS, bypass, "must be true or false", (f"{BYPASS}=false",))
 

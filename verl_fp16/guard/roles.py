@@ -9,6 +9,7 @@ from typing import Any
 
 from verl_fp16.fault_injection import ALLOW_VAR, allowed
 from verl_fp16.findings import Finding, written
+from verl_fp16.guard.algorithm import BYPASS
 from verl_fp16.guard.case import (
     ABSENT,
     FSDP_SPELLINGS,
@@ -30,11 +31,12 @@ FOLDER = "trainer.default_local_dir"
 _KNOWN_DTYPES = "verl knows fp16, float16, bf16, bfloat16, fp32, float32"
 
 
-def payload(role: str, settings: Settings, folder: str | None = None) -> dict[str, Any]:
+def payload(role: str, settings: Settings, folder: str | None = None, bypass_mode: bool = False) -> dict[str, Any]:
     """What rides to the workers of ``role`` in its ``mixed_precision.verl_fp16``.
 
     Args:
         folder: the run's, ``trainer.default_local_dir``.
+        bypass_mode: whether the rollout's log-probabilities are taken for those of the old policy.
     """
     scales = {"actor": settings.loss_scale, "critic": settings.critic_loss_scale, "ref": None}
     scale = scales[role]
@@ -44,6 +46,7 @@ def payload(role: str, settings: Settings, folder: str | None = None) -> dict[st
         "dtype": settings.train_dtype,
         "loss_scale": asdict(scale) if scale is not None else None,
         "folder": folder,
+        "bypass_mode": bypass_mode and role == "actor",
         "fault_injection": [{**fault, "updates": list(fault["updates"])} for fault in faults],
         # The critic goes nowhere but into checkpoints and exports, in the dtype that it computes in.
         "weight_sync": {
@@ -126,7 +129,9 @@ def payloads(case: Case) -> Iterator[Finding]:
     for role in case.roles:
         key = f"{role.engine}.mixed_precision.{NODE}"
         found = case.get(key, None)
-        if found is None or found == payload(role.name, case.settings, case.get(FOLDER, None)):
+        if found is None or found == payload(
+            role.name, case.settings, case.get(FOLDER, None), case.get(BYPASS, False) is True
+        ):
             continue
         source = f"{NODE}.{'critic_' if role.name == 'critic' else ''}loss_scale"
         why = f"it differs from the node {NODE}, from which it is made: the {role.name} would not do what is declared"

@@ -4,8 +4,9 @@ One module for each concern: :mod:`~verl_fp16.hooks.entry`, :mod:`~verl_fp16.hoo
 configuration), :mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler and its metrics, FSDP1's gradient sync),
 :mod:`~verl_fp16.hooks.checkpoint` (the scaler's state in checkpoints), :mod:`~verl_fp16.hooks.weight_sync` (what is
 sent to the rollout, and its audit), :mod:`~verl_fp16.hooks.export` (the dtype of Hugging Face exports),
-:mod:`~verl_fp16.hooks.metrics` (the gap between rollout and training), :mod:`~verl_fp16.hooks.trainer` (the read-back
-before the first rollout, the seam of the training step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back
+:mod:`~verl_fp16.hooks.mismatch` and :mod:`~verl_fp16.hooks.bypass` (the gap between rollout and training),
+:mod:`~verl_fp16.hooks.metrics` (counts over a step), :mod:`~verl_fp16.hooks.trainer` (the read-back before the first
+rollout, the seam of the training step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back
 and the audit).
 """
 
@@ -242,12 +243,63 @@ HOOKS: tuple[Hook, ...] = (
         until="never: it is ours",
     ),
     Hook(
-        name="metrics.log_prob_gap",
+        name="mismatch.measure",
         target=Target("verl.utils.debug.metrics:calculate_debug_metrics", ("data",)),
-        wrapper="verl_fp16.hooks.metrics:add_log_prob_gap",
-        why="verl logs the gap between probabilities, in which a token of small probability does not show",
-        how="adds mean |delta log p|, k3 and the number of non-finite tokens, under mismatch/",
+        wrapper="verl_fp16.hooks.mismatch:add_log_prob_gap",
+        why=(
+            "verl logs the gap between probabilities, in which a token of small probability does not show, and nothing "
+            "of how it grows with length"
+        ),
+        how="adds the statistics of verl_fp16.mismatch.definitions, under mismatch/",
         until="verl logs them",
+    ),
+    Hook(
+        name="mismatch.sample_ids",
+        target=Target("verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_old_log_prob", ("batch", "metrics")),
+        wrapper="verl_fp16.hooks.mismatch:remember_sample_ids",
+        why="what verl compares carries no name of its samples, and a token's evidence would lead nowhere",
+        how="notes the names of the batch's samples while it is compared",
+        since="0.9",
+        until="calculate_debug_metrics gets them",
+    ),
+    Hook(
+        name="mismatch.correction",
+        target=Target(
+            "verl.trainer.ppo.rollout_corr_helper:compute_rollout_correction_and_rejection_mask",
+            ("old_log_prob", "rollout_log_prob", "response_mask", "rollout_rs"),
+        ),
+        wrapper="verl_fp16.hooks.mismatch:leave_out_of_correction",
+        why="one rollout log-probability that is not finite makes NaN of the weights that correct the loss",
+        how="masks such a token out of correction and loss; its gap is counted as mismatch/nonfinite_rollout",
+        until="verl leaves such tokens out",
+    ),
+    Hook(
+        name="mismatch.bypass_forward",
+        target=Target(
+            _FSDP + "FSDPEngineWithLMHead.forward_step",
+            ("micro_batch", "loss_function", "forward_only"),
+            bodies=("9220bffc75e4578b", "63952fbe417dc0fb", "113bf4153e862a98"),
+        ),
+        wrapper="verl_fp16.hooks.bypass:measure_first_mini_batch",
+        why="in bypass mode verl takes the rollout's log-probabilities for its own, and the gap reads 0",
+        how="takes the log-probabilities of the first mini-batch's training forward",
+        until="verl measures the gap in bypass mode",
+    ),
+    Hook(
+        name="mismatch.bypass_metrics",
+        target=Target("verl.workers.engine.base:BaseEngine.train_batch", ("data", "loss_function")),
+        wrapper="verl_fp16.hooks.bypass:log_first_mini_batch",
+        why="as mismatch.bypass_forward",
+        how="adds its statistics, merged over micro-batches and ranks, under mismatch_first_mini_batch/",
+        until="as mismatch.bypass_forward",
+    ),
+    Hook(
+        name="mismatch.bypass_loss",
+        target=Target("verl.trainer.ppo.core_algos:get_policy_loss_fn", ("name",)),
+        wrapper="verl_fp16.hooks.bypass:leave_out_of_policy_loss",
+        why="in bypass mode a rollout log-probability that is not finite goes into the ratio of every policy loss",
+        how="masks such a token out of the policy loss",
+        until="verl leaves such tokens out",
     ),
     Hook(
         name="metrics.skips_of_a_step",

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_fp16 import guard, plugin
 from verl_fp16.findings import Finding, errors, render_errors, render_warnings
+from verl_fp16.guard.algorithm import BYPASS
 from verl_fp16.guard.case import FSDP_SPELLINGS, MODELS, NODE, ROLES, dtype_of
 from verl_fp16.guard.roles import FOLDER, payload
 from verl_fp16.mistyped import GROUP, mistyped_flag
@@ -261,5 +262,5 @@ def settings_for_role(role: str, config: DictConfig) -> DictConfig:
     known = [known.name for known in ROLES]
     if role not in known:
         raise SettingsError(f"${{verl_fp16:{role}}}: unknown role, known are {', '.join(known)}")
-    folder = OmegaConf.select(config, FOLDER)
-    return OmegaConf.create(payload(role, settings, folder))  # OmegaConf.resolve takes no plain dict
+    folder, bypass = OmegaConf.select(config, FOLDER), OmegaConf.select(config, BYPASS)
+    return OmegaConf.create(payload(role, settings, folder, bypass is True))  # OmegaConf.resolve takes no plain dict

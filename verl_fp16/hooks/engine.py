@@ -156,7 +156,7 @@ def watch_mini_batch(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, data, loss_function)
         with watch.forward_and_backward():
             outputs = original(self, data, watch.loss_with_faults(loss_function))
-        if _ends_training_step(data):
+        if ends_training_step(data):
             metrics = watch.take_step_metrics()
             if self.is_mp_src_rank_with_outputs():
                 # Lists, because verl chains the values of the data-parallel ranks.
@@ -166,7 +166,7 @@ def watch_mini_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     return train_batch
 
 
-def _ends_training_step(data: Any) -> bool:
+def ends_training_step(data: Any) -> bool:
     """Whether this is the last mini-batch of a training step; True where the caller has no such notion.
 
     verl averages metrics over mini-batches. A value that is there once a step is logged as it is.

@@ -35,7 +35,8 @@ def count_magnitudes(magnitudes: torch.Tensor, may_read: bool = True) -> torch.T
 def quantile(counts: torch.Tensor, share: float) -> float:
     """The smallest magnitude that at least ``share`` of the numbers do not exceed, within 1% of itself.
 
-    Numbers below 1.2e-38, where float32's own steps are coarser, are only near; from 3.4e38 on it is inf. 0 without any.
+    Numbers below 1.2e-38, where float32's own steps are coarser, are only near; from 3.4e38 on it is inf. 0 without
+    any.
 
     Args:
         counts: of :func:`count_magnitudes`, or a sum of such.

@@ -1,0 +1,76 @@
+"""Hooks where verl compares the rollout's log-probabilities with those of training, for a whole batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from verl_fp16 import plugin
+from verl_fp16.mismatch.measured import MeasuredGap
+
+PREFIX = "mismatch/"
+
+# What was measured on the driver since the last training step was logged, and the names of the batch in work.
+_measured: MeasuredGap | None = None
+_ids: Sequence[str] | None = None
+
+
+def take_measured() -> MeasuredGap | None:
+    """What was measured on this process since the last call; None without."""
+    global _measured
+    measured, _measured = _measured, None
+    return measured
+
+
+def add_log_prob_gap(original: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    def calculate_debug_metrics(data: Any) -> dict:
+        global _measured
+        metrics = original(data)
+        if plugin.flag_given:
+            batch = data.batch
+            mask = batch["response_mask"] if "response_mask" in batch else batch["attention_mask"]
+            tokens = batch["responses"]
+            mask = mask[:, -tokens.size(1) :]
+            ids = _ids if _ids is not None else getattr(data, "non_tensor_batch", {}).get("uid")
+            _measured = MeasuredGap.of(batch["rollout_log_probs"], batch["old_log_probs"], mask, tokens, ids)
+            metrics.update({PREFIX + name: value for name, value in _measured.statistics.scalars().items()})
+        return metrics
+
+    return calculate_debug_metrics
+
+
+def remember_sample_ids(original: Callable[[Any, Any, dict], Any]) -> Callable[[Any, Any, dict], Any]:
+    def _compute_old_log_prob(self: Any, batch: Any, metrics: dict) -> Any:
+        global _ids
+        _ids = getattr(batch, "keys", None)
+        try:
+            return original(self, batch, metrics)
+        finally:
+            _ids = None
+
+    return _compute_old_log_prob
+
+
+def leave_out_of_correction(original: Callable[..., tuple]) -> Callable[..., tuple]:
+    signature = inspect.signature(original)
+
+    def compute_rollout_correction_and_rejection_mask(*args: Any, **kwargs: Any) -> tuple:
+        given = signature.bind(*args, **kwargs).arguments
+        rollout, mask = given["rollout_log_prob"], given["response_mask"]
+        if not plugin.flag_given or torch.isfinite(rollout).all():
+            return original(*args, **kwargs)
+        finite = torch.isfinite(rollout)
+        left = mask * finite
+        # verl refuses an empty mask. A ratio of 1 leaves the sum over a sequence alone.
+        given["response_mask"] = left if left.any() else mask
+        given["rollout_log_prob"] = torch.where(finite, rollout, given["old_log_prob"])
+        weights, kept, metrics = original(**given)
+        if weights is not None:
+            weights.batch["rollout_is_weights"] = weights.batch["rollout_is_weights"] * finite
+        corrects = weights is not None or given.get("rollout_rs") is not None
+        return weights, kept * finite if corrects else mask.clone(), metrics
+
+    return compute_rollout_correction_and_rejection_mask

@@ -1,0 +1,58 @@
+"""The gap in the training forward of a training step's first mini-batch, before its update moves the weights.
+
+Where verl takes the rollout's log-probabilities for those of the old policy (bypass mode), no other pass computes the
+training policy's, and its own gap reads 0. Pure torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from verl_fp16.mismatch.measured import MeasuredGap
+from verl_fp16.mismatch.statistics import GapStatistics
+
+
+class FirstMiniBatch:
+    """Measures the first mini-batch of each training step on one rank.
+
+    Attributes:
+        measured: its micro-batches, kept until the next training step's first one begins.
+    """
+
+    def __init__(self) -> None:
+        self.measured: list[MeasuredGap] = []
+        self.running = False
+        self._next_is_first = True
+
+    def begin(self) -> None:
+        """A mini-batch begins."""
+        self.running = self._next_is_first
+        if self.running:
+            self.measured = []
+
+    def take(
+        self, rollout: torch.Tensor, training: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor | None
+    ) -> None:
+        """Take in a micro-batch of the first mini-batch; all of shape (sequences, positions), on one device."""
+        self.measured.append(MeasuredGap.of(rollout, training, mask, tokens))
+
+    def end(self, last: bool, group: Any = None) -> dict[str, float]:
+        """The mini-batch has ended.
+
+        Args:
+            last: whether it was the training step's last one.
+            group: of the ranks that share the mini-batch. Every one of them has to call this.
+
+        Returns:
+            the statistics of the first mini-batch over all ranks, the same on each; nothing after any other.
+        """
+        was_first, self.running, self._next_is_first = self.running, False, last
+        return self._merged(group).scalars() if was_first and self.measured else {}
+
+    def _merged(self, group: Any) -> GapStatistics:
+        whole = GapStatistics(self.measured[0].rollout.device)
+        for part in self.measured:
+            whole.merge(part.statistics)
+        return whole.all_reduce(group) if torch.distributed.is_initialized() else whole
