@@ -35,6 +35,7 @@ def add_log_prob_gap(original: Callable[[Any], dict]) -> Callable[[Any], dict]:
             tokens = batch["responses"]
             mask = mask[:, -tokens.size(1) :]
             ids = _ids if _ids is not None else getattr(data, "non_tensor_batch", {}).get("uid")
+            ids = ids if ids is not None and len(ids) == len(tokens) else None
             _measured = MeasuredGap.of(batch["rollout_log_probs"], batch["old_log_probs"], mask, tokens, ids)
             metrics.update({PREFIX + name: value for name, value in _measured.statistics.scalars().items()})
         return metrics

@@ -13,6 +13,7 @@ from typing import Any
 
 from verl_fp16 import plugin
 from verl_fp16.hooks.driver import is_flag_given, read_settings
+from verl_fp16.hooks.gap_watch import watch_gap
 from verl_fp16.hooks.stuck_scale import stop_when_stuck
 from verl_fp16.telling import tell
 from verl_fp16.training_step import StepRecord, forget, notify_observers, observe
@@ -21,7 +22,7 @@ from verl_fp16.weight_sync import audited_sync
 # In the metrics of every training step, in all of verl's trainers, and not in those of the initial validation.
 STEP_KEY = "training/global_step"
 
-_OBSERVERS = (audited_sync.add_sync_metrics, stop_when_stuck)
+_OBSERVERS = (audited_sync.add_sync_metrics, watch_gap, stop_when_stuck)
 
 # The trainer whose fit() is running in this process.
 _trainer: Any = None
@@ -74,7 +75,7 @@ def check_what_runs(trainer: Any) -> None:
     from verl_fp16.readback.gather import gather
 
     settings = read_settings(trainer.config)
-    answers = gather(trainer, settings.read_back_timeout_s)
+    answers = trainer._verl_fp16_read_back = gather(trainer, settings.read_back_timeout_s)
     found = differences(settings, answers)
     table.show(answers)
     folder = trainer.config.trainer.get("default_local_dir")

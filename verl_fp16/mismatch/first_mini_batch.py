@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from verl_fp16.mismatch.measured import MeasuredGap
+from verl_fp16.mismatch.evidence import Evidence
+from verl_fp16.mismatch.measured import Curves, MeasuredGap
 from verl_fp16.mismatch.statistics import GapStatistics
+from verl_fp16.ranks import rank_and_world_size
 
 
 class FirstMiniBatch:
@@ -25,6 +27,7 @@ class FirstMiniBatch:
         self.measured: list[MeasuredGap] = []
         self.running = False
         self._next_is_first = True
+        self._whole = GapStatistics()
 
     def begin(self) -> None:
         """A mini-batch begins."""
@@ -33,7 +36,7 @@ class FirstMiniBatch:
             self.measured = []
 
     def take(
-        self, rollout: torch.Tensor, training: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor | None
+        self, rollout: torch.Tensor, training: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor
     ) -> None:
         """Take in a micro-batch of the first mini-batch; all of shape (sequences, positions), on one device."""
         self.measured.append(MeasuredGap.of(rollout, training, mask, tokens))
@@ -49,7 +52,18 @@ class FirstMiniBatch:
             the statistics of the first mini-batch over all ranks, the same on each; nothing after any other.
         """
         was_first, self.running, self._next_is_first = self.running, False, last
-        return self._merged(group).scalars() if was_first and self.measured else {}
+        if not (was_first and self.measured):
+            return {}
+        self._whole = self._merged(group)
+        return self._whole.scalars()
+
+    def evidence(self, max_tokens: int, max_sequences: int) -> tuple[Evidence, Curves]:
+        """The worst tokens and the sequences of this rank, and the curves over all ranks; waits for the device."""
+        rank, row, parts = rank_and_world_size()[0], 0, []
+        for part in self.measured:
+            parts.append(part.evidence(max_tokens, max_sequences, rank=rank, first_row=row)[0])
+            row += len(part.rollout)
+        return parts[0].merge(parts[1:]), self._whole.curves()
 
     def _merged(self, group: Any) -> GapStatistics:
         whole = GapStatistics(self.measured[0].rollout.device)

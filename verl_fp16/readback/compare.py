@@ -115,6 +115,18 @@ def declared_fields(settings: Settings, role: str) -> dict[str, Any]:
     }
 
 
+def dtypes_in_force(answers: Iterable[Answer]) -> dict[str, list[str]]:
+    """``train`` and ``rollout`` -> the dtypes that the ranks of actor and rollout compute in."""
+    fields = {"actor": ("train", "autocast"), "rollout": ("rollout", "model_dtype")}
+    found: dict[str, set[str]] = {}
+    for answer in answers:
+        for role, reported in (answer.report or {}).get("roles", {}).items():
+            if role in fields:
+                side, field = fields[role]
+                found.setdefault(side, set()).add(str(reported[field]))
+    return {side: sorted(dtypes) for side, dtypes in found.items()}
+
+
 def differences(settings: Settings, answers: Sequence[Answer]) -> list[Difference]:
     """Everything that is not as declared, in the order of ``answers``, whose first one is the trainer's own process."""
     found: list[Difference] = []

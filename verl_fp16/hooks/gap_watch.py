@@ -1,0 +1,122 @@
+"""The watch on the gap in the trainer's process, an observer of the training step: names what is logged, raises alarms,
+writes evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from verl_fp16.hooks import mismatch
+from verl_fp16.hooks.bypass import FIRST_MINI_BATCH
+from verl_fp16.hooks.driver import read_settings
+from verl_fp16.mismatch.alarms import Alarm, Alarms
+from verl_fp16.mismatch.measured import MeasuredGap
+from verl_fp16.mismatch_settings import MismatchSettings
+from verl_fp16.readback.compare import dtypes_in_force
+from verl_fp16.telling import tell
+from verl_fp16.training_step import StepRecord
+
+FOLDER = Path("verl_fp16") / "mismatch"
+
+
+def watch_gap(step: StepRecord) -> None:
+    watch = getattr(step.trainer, "_verl_fp16_gap_watch", None)
+    if watch is None:
+        watch = step.trainer._verl_fp16_gap_watch = GapWatch(step.trainer)
+    watch.look_at(step)
+
+
+class GapWatch:
+    """Of one trainer; lives as long as its run."""
+
+    def __init__(self, trainer: Any) -> None:
+        settings = read_settings(trainer.config)
+        self._settings: MismatchSettings = settings.mismatch
+        self._timeout_s = settings.read_back_timeout_s
+        self._alarms = Alarms(self._settings)
+        self._dtypes = dtypes_in_force(getattr(trainer, "_verl_fp16_read_back", ()))
+        self._folder = _folder_of(trainer)
+        self._told: set[str] = set()
+
+    def look_at(self, step: StepRecord) -> None:
+        """Add to the metrics of ``step``, tell its alarms and do what the settings say, write its evidence."""
+        measured = mismatch.take_measured()
+        _drop_role(step.metrics)
+        if not any(name.startswith((mismatch.PREFIX, FIRST_MINI_BATCH)) for name in step.metrics):
+            return
+        for side, dtypes in self._dtypes.items():
+            step.metrics.update({f"{mismatch.PREFIX}{side}_dtype/{dtype}": 1.0 for dtype in dtypes})
+        alarms = self._alarms.judge(step.number, step.metrics)
+        step.metrics[f"{mismatch.PREFIX}alarms"] = float(len(alarms))
+        for alarm in alarms:
+            tell(alarm.line(step.number))
+        interval = self._settings.evidence_interval
+        if alarms or interval and step.number % interval == 0:
+            self._write_evidence(step, measured, alarms)
+        if alarms and self._settings.on_alarm in ("checkpoint", "stop"):
+            step.save_checkpoint()
+        if alarms and self._settings.on_alarm == "stop":
+            step.stop("; ".join(alarm.line(step.number) for alarm in alarms))
+
+    def _write_evidence(self, step: StepRecord, measured: MeasuredGap | None, alarms: Sequence[Alarm]) -> None:
+        from verl_fp16.mismatch import evidence_files
+
+        bounds = self._settings.evidence_tokens, self._settings.evidence_sequences
+        found = [measured.evidence(*bounds)] if measured is not None else self._of_ranks(step.trainer, bounds)
+        if self._folder is None or not found:
+            return
+        (first, curves), *others = found
+        facts = {
+            "dtypes": self._dtypes,
+            "alarms": [alarm.line(step.number) for alarm in alarms],
+            "metrics": {name: value for name, value in step.metrics.items() if name.startswith("mismatch")},
+        }
+        try:
+            written = evidence_files.write(
+                self._folder,
+                step.number,
+                first.merge([evidence for evidence, _ in others]),
+                decode=step.trainer.tokenizer.decode,
+                curves=curves,
+                facts=facts,
+                keep=self._settings.evidence_keep,
+                alarm=bool(alarms),
+            )
+        except OSError as error:  # training does not depend on it
+            self._tell_once(f"evidence of the mismatch could not be written under {self._folder}: {error}")
+            return
+        if alarms:
+            tell(f"the tokens of step {step.number} with the largest gap: verl-fp16 tokens {written}")
+
+    def _of_ranks(self, trainer: Any, bounds: tuple[int, int]) -> list[tuple[Any, Any]]:
+        """Each actor rank's evidence of the first mini-batch, with the curves of all."""
+        from verl_fp16.mismatch.rank_evidence import first_mini_batch_evidence
+        from verl_fp16.readback.gather import ask, training_questions
+
+        def ask_rank(actor: Any) -> Any:
+            return actor.__ray_call__.remote(first_mini_batch_evidence, *bounds)
+
+        questions = [replace(question, ask=ask_rank) for question in training_questions(trainer)]
+        answers = ask(questions, self._timeout_s)
+        for answer in answers:
+            if answer.failure:
+                self._tell_once(f"no evidence of the mismatch from {answer.name()}: {answer.failure}")
+        return [answer.report for answer in answers if answer.report]
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            tell(line)
+
+
+def _drop_role(metrics: Any) -> None:
+    """verl puts the role before what an engine logs; this is of both sides."""
+    for name in [name for name in metrics if name.startswith(f"actor/{FIRST_MINI_BATCH}")]:
+        metrics[name.removeprefix("actor/")] = metrics.pop(name)
+
+
+def _folder_of(trainer: Any) -> Path | None:
+    folder = trainer.config.trainer.get("default_local_dir")
+    return Path(folder) / FOLDER if folder and "://" not in folder else None
