@@ -14,9 +14,18 @@ from typing import Any
 from verl_fp16.fault_injection import Fault, fault_complaints
 from verl_fp16.findings import Finding, SettingsError, written
 from verl_fp16.loss_scale_settings import LossScaleSettings, scale_complaints
+from verl_fp16.mismatch_settings import MismatchSettings, mismatch_complaints
 from verl_fp16.weight_sync_settings import WeightSyncSettings, sync_complaints
 
-__all__ = ["DTYPES", "SCALES", "LossScaleSettings", "Settings", "SettingsError", "WeightSyncSettings"]
+__all__ = [
+    "DTYPES",
+    "SCALES",
+    "LossScaleSettings",
+    "MismatchSettings",
+    "Settings",
+    "SettingsError",
+    "WeightSyncSettings",
+]
 
 DTYPES = ("float16", "bfloat16", "float32")
 SCALES = ("loss_scale", "critic_loss_scale")
@@ -32,6 +41,7 @@ class Settings:
         loss_scale: the actor's loss scaler; read when ``train_dtype`` is float16.
         critic_loss_scale: the critic's; follows ``loss_scale`` where it is not set.
         sync: how the actor's weights come into the rollout.
+        mismatch: what is kept of the gap between training and rollout, and when it is an alarm.
         read_back_timeout_s: seconds in which every process has to say what it runs, before the first rollout; > 0.
         fault_injection: faults planted on purpose, for tests and drills; see :mod:`verl_fp16.fault_injection`.
     """
@@ -41,6 +51,7 @@ class Settings:
     loss_scale: LossScaleSettings = field(default_factory=LossScaleSettings)
     critic_loss_scale: LossScaleSettings = field(default_factory=LossScaleSettings)
     sync: WeightSyncSettings = field(default_factory=WeightSyncSettings)
+    mismatch: MismatchSettings = field(default_factory=MismatchSettings)
     read_back_timeout_s: float = 300.0
     fault_injection: tuple[Fault, ...] = ()
 
@@ -67,8 +78,11 @@ class Settings:
             "critic_loss_scale": LossScaleSettings(**{**actor, **critic}),
         }
         faults = tuple(Fault(**fault) for fault in node.get("fault_injection", ()))
-        sync = WeightSyncSettings(**node.get("sync", {}))
-        return cls(**{**node, **scales, "sync": sync, "fault_injection": faults})
+        parts = {
+            "sync": WeightSyncSettings(**node.get("sync", {})),
+            "mismatch": MismatchSettings(**node.get("mismatch", {})),
+        }
+        return cls(**{**node, **scales, **parts, "fault_injection": faults})
 
 
 def _problems(node: Any, key: str = "verl_fp16") -> Iterator[Finding]:
@@ -86,6 +100,7 @@ def _problems(node: Any, key: str = "verl_fp16") -> Iterator[Finding]:
         fix = (f"{key}.read_back_timeout_s={Settings.read_back_timeout_s:g}",)
         yield Finding("error", f"{key}.read_back_timeout_s", seconds, complaint, fix)
     yield from _section_problems(node.get("sync", {}), f"{key}.sync", WeightSyncSettings, sync_complaints)
+    yield from _section_problems(node.get("mismatch", {}), f"{key}.mismatch", MismatchSettings, mismatch_complaints)
     for place, value, complaint in fault_complaints(node.get("fault_injection", ())):
         where = f"{key}.fault_injection{place}"
         yield Finding("error", where, value, complaint, ("verl_fp16.fault_injection=[]",))

@@ -155,6 +155,8 @@ def test_yaml_and_dataclass_have_the_same_keys_and_defaults():
     assert Settings.from_node(node) == Settings()
     assert set(node) == set(vars(Settings()))
     assert set(node["loss_scale"]) == set(vars(Settings().loss_scale)) == set(node["critic_loss_scale"])
+    for part in ("sync", "mismatch"):
+        assert set(node[part]) == set(vars(getattr(Settings(), part)))
 
 
 def test_a_recipe_names_the_group_in_its_defaults(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from verl_fp16.settings import LossScaleSettings, Settings, SettingsError
+from verl_fp16.settings import LossScaleSettings, MismatchSettings, Settings, SettingsError
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,18 @@ from verl_fp16.settings import LossScaleSettings, Settings, SettingsError
         ({"sync": {"audit_interval": 2.5}}, "verl_fp16.sync.audit_interval must be a number of syncs, or 0"),
         ({"sync": {"probe_tolerance": 0}}, "verl_fp16.sync.probe_tolerance must be a finite number of nats above 0"),
         ({"sync": {"probe_tolerance": float("inf")}}, "verl_fp16.sync.probe_tolerance must be a finite number"),
+        ({"mismatch": 3}, "verl_fp16.mismatch must be a mapping, got 3"),
+        ({"mismatch": {"alarm_k3": 3}}, "did you mean verl_fp16.mismatch.alarm_k3_growth?"),
+        ({"mismatch": {"on_alarm": "halt"}}, "mismatch.on_alarm must be warn or checkpoint or stop, got 'halt'"),
+        (
+            {"mismatch": {"evidence_interval": -1}},
+            "mismatch.evidence_interval must be a number of training steps, or 0",
+        ),
+        ({"mismatch": {"alarm_window": 9}}, "mismatch.alarm_window must be a number of training steps, 10 or more"),
+        ({"mismatch": {"alarm_slope": 0}}, "mismatch.alarm_slope must be a finite number of nats above 0, or null"),
+        ({"mismatch": {"alarm_k3_growth": 1}}, "mismatch.alarm_k3_growth must be a finite factor above 1, or null"),
+        ({"mismatch": {"alarm_prob_diff": 2}}, "mismatch.alarm_prob_diff must be above 0 and at most 1, or null"),
+        ({"mismatch": {"alarm_run_tokens": 1}}, "mismatch.alarm_run_tokens must be a number of tokens, 2 or more, or"),
     ),
 )
 def test_wrong_node_is_refused_by_name(node, message):
@@ -120,3 +132,44 @@ def test_a_value_that_yaml_makes_a_number_of_is_the_word(value):
 def test_the_critic_follows_the_actor_key_by_key():
     settings = Settings.from_node({"loss_scale": {"init": 8.0, "min": 2.0}, "critic_loss_scale": {"min": 4.0}})
     assert settings.critic_loss_scale == LossScaleSettings(init=8.0, min=4.0)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    (
+        ("on_alarm", ("", None, True, ["warn"]), ("warn", "checkpoint", "stop")),
+        ("evidence_interval", (-1, 2.0, True, None, "all"), (0, 1)),
+        ("evidence_tokens", (0, 2.0, True, None), (1,)),
+        ("evidence_sequences", (0, 2.0, True, None), (1,)),
+        ("evidence_keep", (0, 2.0, True, None), (1,)),
+        ("alarm_prob_diff", (0, -0.5, 1.01, NAN, True, "0.9"), (1, 1e-9, None)),
+        ("alarm_k3_growth", (1, 0.5, INF, NAN, True, "10"), (1.01, 2, None)),
+        ("alarm_window", (9, 10.0, True, None), (10,)),
+        ("alarm_slope", (0, -0.5, INF, NAN, True, "1"), (1e-9, 2, None)),
+        ("alarm_nonfinite", (0, 1.0, True, "1"), (1, 2, None)),
+        ("alarm_run_tokens", (1, 64.0, True, "64"), (2, None)),
+        ("alarm_run_share", (0, 1.01, NAN, True, "1%"), (1, 1e-9, None)),
+    ),
+)
+def test_settings_of_the_gap_have_their_bounds(name, wrong, right):
+    for value in wrong:
+        with pytest.raises(SettingsError, match=f"mismatch.{name} must be .*, got "):
+            MismatchSettings(**{name: value})
+    for value in right:
+        assert getattr(Settings.from_node({"mismatch": {name: value}}).mismatch, name) == value
+
+
+def test_every_setting_of_the_gap_is_checked():
+    """A field without a check takes any value."""
+    with pytest.raises(SettingsError) as caught:
+        MismatchSettings(**dict.fromkeys(vars(MismatchSettings()), "wrong"))
+    assert all(f"mismatch.{name} must be" in str(caught.value) for name in vars(MismatchSettings()))
+
+
+def test_a_wrong_setting_of_the_gap_comes_with_its_default():
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_node({"mismatch": {"alarm_k3_growth": 0.5}})
+    assert [finding.fix for finding in caught.value.findings] == [("verl_fp16.mismatch.alarm_k3_growth=10.0",)]
