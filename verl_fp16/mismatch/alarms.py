@@ -1,0 +1,332 @@
+"""When the gap between training and rollout is an alarm: rules on what a training step logs. Plain Python.
+
+:class:`Alarms` is asked once a training step. Each rule is one of :data:`RULES`, with what it looks at, when it holds,
+and where its default comes from. The published numbers are those of Qi et al., arXiv 2510.26788, if nothing else is
+said; "(fig)" was read off a figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+
+from verl_fp16.mismatch_settings import MismatchSettings
+
+PREFIXES = ("mismatch/", "mismatch_first_mini_batch/")
+"""Under which the statistics are logged: of the whole batch, or in bypass mode of the first mini-batch's update."""
+
+QUIET_STEPS = 10
+"""A rule that has fired is armed again after so many steps in a row in which its fault was gone."""
+
+NEWEST = 3
+"""Steps whose median is the k3 of now: one outlier is never it, and a lasting fault is after two steps."""
+
+K3_FLOOR = 1e-6
+"""Nats: growth is counted from here where k3 was smaller. Published FP16 runs lie flat at 1e-6 to 1e-5 (fig); with a
+growth of 10, no run below 1e-5 is alarmed, whatever its k3 was while it had few tokens or little entropy."""
+
+SLOPE_ERRORS = 5.0
+"""Standard errors that a slope has to differ from 0 by. That many, because the error is that of least squares with
+residuals of one size: those of a sum over tokens grow with the length, and the error is then too small."""
+
+SLOPE_SEQUENCES = 16
+"""Fewer sequences have a standard error that itself is a matter of luck."""
+
+SLOPE_LENGTH = 100.0
+"""Tokens: with shorter responses on average, the slope is not judged. A token's own rounding error, the same each time
+(5e-4 nats in FP16, 1e-2 in BF16), makes a step between responses of 3 and 4 tokens that is significant and, scaled to
+1,000 tokens, passes the limit; k3 tells of such runs."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One fault of a training step.
+
+    Args:
+        rule: as in ``verl_fp16.mismatch.alarm_<rule>``, the setting that moves it or, with null, turns it off.
+        metric: the full name of the metric, as logged.
+        value: its value in this step.
+        trend: how it came there.
+        advice: what to do.
+    """
+
+    rule: str
+    metric: str
+    value: float
+    trend: str
+    advice: str
+
+    def line(self, step: int) -> str:
+        """All of it, in one line."""
+        return (
+            f"step {step}: {self.metric} is {self.value:.3g} ({self.trend}; the rule is "
+            f"verl_fp16.mismatch.alarm_{self.rule}). What to do: {self.advice}"
+        )
+
+
+_GAP = (
+    "see in which tokens with `verl-fp16 tokens FILE`; compare the dtypes in the read-back table, early in the log; "
+    "measure with actor_rollout_ref.rollout.temperature=1 top_p=1 top_k=-1; algorithm.rollout_correction.rollout_is="
+    "token (TIS) or rollout_rs=seq_sum_k1 (MIS) bounds what the gap does to the loss"
+)
+_ADVICE = {
+    "prob_diff": f"a collapse looks like this before the reward falls: keep a checkpoint from before; {_GAP}",
+    "k3_growth": f"find what changed since then (weights, dtypes, sampling, another kernel); {_GAP}",
+    "slope": f"long responses lose most: lower data.max_response_length helps at once; {_GAP}",
+    "nonfinite_rollout": (
+        "the rollout's logits are not finite, as where activations pass 65,504 in float16: `verl-fp16 preflight "
+        "MODEL`, and +precision=bf16 if it says UNFIT"
+    ),
+    "nonfinite_training": (
+        "the trainer's logits are not finite; if only this side's, look at actor/skipped_forward_steps in the log, and "
+        "for the module with verl_fp16.loss_scale.trace_modules=true; +precision=bf16 if the model does not fit float16"
+    ),
+    "run_share": (
+        "read those responses (trainer.rollout_data_dir=FOLDER writes them). The same token for ever is what a sampler "
+        "makes of logits that are NaN: `verl-fp16 preflight MODEL`, and +precision=bf16 if it says UNFIT. Where all "
+        "log-probabilities are finite, the policy itself repeats: a lower learning rate, or a reward that forbids it"
+    ),
+}
+
+
+class Logged:
+    """What a step logged of the gap: finite numbers only, under whichever of :data:`PREFIXES`."""
+
+    def __init__(self, metrics: Mapping[str, float]) -> None:
+        self._metrics = metrics
+
+    def find(self, *names: str) -> tuple[str, list[float]] | None:
+        """The prefix under which all of ``names`` are, and their values; None where there is none."""
+        for prefix in PREFIXES:
+            values = [self._number(prefix + name) for name in names]
+            if None not in values:
+                return prefix, values
+        return None
+
+    def near(self, prefix: str, name: str) -> float | None:
+        """One value under ``prefix``, where it is logged."""
+        return self._number(prefix + name)
+
+    def _number(self, name: str) -> float | None:
+        value = self._metrics.get(name)
+        return float(value) if value is not None and math.isfinite(value) else None
+
+
+class ProbDiff:
+    """The signed gap pi - mu of the worst token saturates at -1 or 1 before a collapse.
+
+    Holds where the larger of the two is at least ``alarm_prob_diff`` in this step and in 3 of the last 5: among
+    millions of tokens a single one may be far off once. Published is that they saturate; the default of 0.9 is ours:
+    reached before 1, and far from the 2e-3 of FP16 runs on a CPU.
+    """
+
+    def __init__(self, settings: MismatchSettings) -> None:
+        self._limit = settings.alarm_prob_diff
+        self._last: deque[float] = deque(maxlen=5)
+
+    def judge(self, step: int, logged: Logged) -> Iterator[tuple[str, Alarm | None]]:
+        found = [(name, logged.find(name)) for name in ("prob_diff_max", "prob_diff_min")]
+        extremes = [(values[0], prefix + name) for name, hit in found if hit for prefix, values in [hit]]
+        if not extremes:
+            return
+        value, metric = max(extremes, key=lambda extreme: abs(extreme[0]))
+        self._last.append(abs(value))
+        often = sum(size >= self._limit for size in self._last)
+        if self._last[-1] < self._limit or often < 3:
+            yield "prob_diff", None
+            return
+        trend = f"{self._limit:g} or more in {often} of the last {len(self._last)} steps"
+        yield "prob_diff", Alarm("prob_diff", metric, value, trend, _ADVICE["prob_diff"])
+
+
+class K3Growth:
+    """k3 has grown within the window.
+
+    Holds where the median of the newest 3 steps is more than ``alarm_k3_growth`` times the median of the window's
+    oldest fifth (4 steps at least), or :data:`K3_FLOOR` where that is larger. Medians, because k3 varies: by a
+    log-normal sigma of 0.3 in steps of 400 tokens on a CPU. At 0.5, a factor of 10 is 5 standard deviations away.
+
+    The default of 10 is half of the way, in logarithms, between published FP16 and BF16 (1e-5 and 1e-3, fig); of a pair
+    in which only one side is FP16, |d| is about 6 times that of FP16 (a public measurement), and k3 about 40 times.
+    A level is no alarm: a BF16 run whose gap is steady has none. After a window at its new level, so has any run.
+    """
+
+    def __init__(self, settings: MismatchSettings) -> None:
+        self._limit = settings.alarm_k3_growth
+        self._oldest = max(4, settings.alarm_window // 5)
+        self._window: deque[tuple[int, float]] = deque(maxlen=settings.alarm_window)
+
+    def judge(self, step: int, logged: Logged) -> Iterator[tuple[str, Alarm | None]]:
+        found = logged.find("k3")
+        if found is None:
+            return
+        prefix, (value,) = found
+        self._window.append((step, value))
+        before = len(self._window) - NEWEST
+        if before < 4:
+            return
+        oldest = median(k3 for _, k3 in islice(self._window, min(self._oldest, before)))
+        newest = median(k3 for _, k3 in islice(self._window, before, None))
+        if newest <= self._limit * max(oldest, K3_FLOOR):
+            yield "k3_growth", None
+            return
+        trend = f"{oldest:.2g} -> {newest:.2g} over {step - self._window[0][0]} steps, medians"
+        yield "k3_growth", Alarm("k3_growth", f"{prefix}k3", value, trend, _ADVICE["k3_growth"])
+
+
+class Slope:
+    """The log-ratio of a sequence falls, or rises, with its length.
+
+    Holds where in 3 steps in a row the slope is beyond ``alarm_slope``, of one sign, and :data:`SLOPE_ERRORS` standard
+    errors from 0. Steps of fewer than :data:`SLOPE_SEQUENCES` sequences or of responses shorter than
+    :data:`SLOPE_LENGTH` are passed over. Published: BF16 has -1.01 nats per 1,000 tokens, FP16 -0.07; the default of
+    0.5 is half of the one and seven times the other.
+    """
+
+    def __init__(self, settings: MismatchSettings) -> None:
+        self._limit = settings.alarm_slope
+        self._last: deque[float] = deque(maxlen=3)
+
+    def judge(self, step: int, logged: Logged) -> Iterator[tuple[str, Alarm | None]]:
+        found = logged.find("slope_per_1k_tokens", "slope_per_1k_tokens_se")
+        if found is None:
+            return
+        prefix, (slope, error) = found
+        sequences, tokens = logged.near(prefix, "sequences"), logged.near(prefix, "tokens")
+        few = sequences is not None and sequences < SLOPE_SEQUENCES
+        if few or (sequences and tokens is not None and tokens < SLOPE_LENGTH * sequences):
+            return
+        beyond = abs(slope) > max(self._limit, SLOPE_ERRORS * error)
+        self._last.append(math.copysign(1.0, slope) if beyond else 0.0)
+        if abs(sum(self._last)) < 3:
+            yield "slope", None
+            return
+        trend = f"standard error {error:.2g}; beyond {self._limit:g} nats per 1,000 tokens in 3 steps in a row"
+        yield "slope", Alarm("slope", f"{prefix}slope_per_1k_tokens", slope, trend, _ADVICE["slope"])
+
+
+class NonFinite:
+    """Log-probabilities that are not finite.
+
+    Holds in every step with ``alarm_nonfinite`` tokens of one side. The default is 1: a token that was sampled has a
+    finite log-probability, however unlikely it was.
+    """
+
+    def __init__(self, settings: MismatchSettings) -> None:
+        self._limit = settings.alarm_nonfinite
+
+    def judge(self, step: int, logged: Logged) -> Iterator[tuple[str, Alarm | None]]:
+        for name in ("nonfinite_rollout", "nonfinite_training"):
+            found = logged.find(name)
+            if found is None:
+                continue
+            prefix, (number,) = found
+            if number < self._limit:
+                yield name, None
+                continue
+            others = logged.near(prefix, "tokens")
+            beside = f", beside {others:,.0f} that are finite on both sides" if others is not None else ""
+            trend = f"{number:,.0f} token{'s'[: number > 1]}{beside}"
+            yield name, Alarm("nonfinite", prefix + name, number, trend, _ADVICE[name])
+
+
+class RunShare:
+    """Responses stuck on one token, as "!!!!".
+
+    Holds where ``repeating_rows`` is at least ``alarm_run_share`` of the rows in this step and in 2 of the last 3, so
+    that one response of a small batch is none. Rows without a finite log-probability count as rows here: those of NaN
+    are the ones that get stuck. The defaults are ours: 64 of one token are no text, and of a base model's responses
+    some repeat themselves, mostly more than one token.
+    """
+
+    def __init__(self, settings: MismatchSettings) -> None:
+        self._limit = settings.alarm_run_share
+        self._length = settings.alarm_run_tokens
+        self._last: deque[bool] = deque(maxlen=3)
+
+    def judge(self, step: int, logged: Logged) -> Iterator[tuple[str, Alarm | None]]:
+        found = logged.find("repeating_rows", "sequences")
+        if found is None:
+            return
+        prefix, (stuck, sequences) = found
+        rows = sequences + (logged.near(prefix, "empty_rows") or 0.0)
+        if not rows:
+            return
+        self._last.append(stuck >= self._limit * rows)
+        if not self._last[-1] or sum(self._last) < 2:
+            yield "run_share", None
+            return
+        trend = (
+            f"{stuck / rows:.2g} of {rows:,.0f} rows have one token {self._length} times in a row or more, and "
+            f"{self._limit:g} had in {sum(self._last)} of the last {len(self._last)} steps"
+        )
+        yield "run_share", Alarm("run_share", f"{prefix}repeating_rows", stuck, trend, _ADVICE["run_share"])
+
+
+Rule = ProbDiff | K3Growth | Slope | NonFinite | RunShare
+
+RULES: tuple[tuple[Callable[[MismatchSettings], Rule], tuple[str, ...]], ...] = (
+    (NonFinite, ("alarm_nonfinite",)),
+    (RunShare, ("alarm_run_share", "alarm_run_tokens")),
+    (ProbDiff, ("alarm_prob_diff",)),
+    (K3Growth, ("alarm_k3_growth",)),
+    (Slope, ("alarm_slope",)),
+)
+"""Each rule, with the settings any of which turns it off with None; in the order in which alarms are told."""
+
+
+@dataclass
+class _Told:
+    """A fault that was told: in which step, and for how many steps it has been gone."""
+
+    step: int
+    quiet: int = 0
+
+
+class Alarms:
+    """Judges one run's training steps, one after the other; what it remembers is bounded by ``alarm_window``.
+
+    A fault is told when its rule first holds. While it lasts, it is told again ``alarm_window`` steps later at the
+    earliest; after :data:`QUIET_STEPS` steps in a row without it, at once when it comes back. Steps that do not log the
+    metrics of a rule do not count for it. A resumed run begins anew.
+    """
+
+    def __init__(self, settings: MismatchSettings) -> None:
+        self._rules = [
+            rule(settings) for rule, needed in RULES if all(getattr(settings, name) is not None for name in needed)
+        ]
+        self._again = settings.alarm_window
+        self._told: dict[str, _Told] = {}
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """The alarms of a training step that are to be told.
+
+        Args:
+            step: its number; each step once, in order.
+            metrics: what it logs; other metrics than those of the gap are passed over.
+        """
+        logged = Logged(metrics)
+        return [
+            alarm
+            for rule in self._rules
+            for fault, alarm in rule.judge(step, logged)
+            if self._is_news(fault, step, alarm is not None) and alarm
+        ]
+
+    def _is_news(self, fault: str, step: int, holds: bool) -> bool:
+        told = self._told.get(fault)
+        if not holds:
+            if told:
+                told.quiet += 1
+                if told.quiet >= QUIET_STEPS:
+                    del self._told[fault]
+            return False
+        if told and step - told.step < self._again:
+            told.quiet = 0
+            return False
+        self._told[fault] = _Told(step)
+        return True
