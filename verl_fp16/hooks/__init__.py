@@ -6,8 +6,8 @@ configuration), :mod:`~verl_fp16.hooks.engine` (the FSDP engine's loss scaler an
 sent to the rollout, and its audit), :mod:`~verl_fp16.hooks.export` (the dtype of Hugging Face exports),
 :mod:`~verl_fp16.hooks.mismatch` and :mod:`~verl_fp16.hooks.bypass` (the gap between rollout and training),
 :mod:`~verl_fp16.hooks.metrics` (counts over a step), :mod:`~verl_fp16.hooks.trainer` (the read-back before the first
-rollout, the seam of the training step), :mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back
-and the audit).
+rollout, the seam of the training step), :mod:`~verl_fp16.hooks.file_log` (the metrics' file over a resume),
+:mod:`~verl_fp16.hooks.rollout` (vLLM's part in the read-back and the audit).
 """
 
 from verl_fp16.patching import Hook, Package, Patcher, Target
@@ -16,6 +16,7 @@ from verl_fp16.releases import SUPPORTED_VERL
 VERL = Package("verl", SUPPORTED_VERL)
 
 _TRAINER = "verl_fp16.hooks.trainer:"
+_FILE_LOG = "verl_fp16.hooks.file_log:"
 _FSDP = "verl.workers.engine.fsdp.transformer_impl:"
 _MERGER = "verl.model_merger."
 
@@ -368,6 +369,47 @@ HOOKS: tuple[Hook, ...] = (
         why="as trainer.saved_step",
         how="as trainer.saved_step",
         until="verl drops the legacy trainer",
+    ),
+    Hook(
+        name="trainer.file_log",
+        target=Target(
+            "verl.utils.tracking:FileLogger.__init__",
+            ("project_name", "experiment_name"),
+            bodies=("fd1f2c6b9e90e1c5",),  # replaced, where a trainer with the flag is running
+        ),
+        wrapper=_FILE_LOG + "open_without_truncating",
+        why="verl empties the file of its file logger when a run resumes, and all that was logged before is lost",
+        how="opens the file for appending, and leaves it to trainer.file_log_begin what stays of it",
+        until="verl goes on in the file when a run resumes",
+    ),
+    Hook(
+        name="trainer.file_log_begin",
+        # The body writes one line of JSON to self.fp, which is opened anew where the file was replaced.
+        target=Target("verl.utils.tracking:FileLogger.log", ("data", "step"), bodies=("fd2d61a7b77e8d30",)),
+        wrapper=_FILE_LOG + "begin_with_first_log",
+        why="as trainer.file_log; whether a run resumes is not known before the first log",
+        how=(
+            "empties the file of a fresh run; in that of a resumed one drops later steps and broken lines, and marks "
+            "the resume"
+        ),
+        until="as trainer.file_log",
+    ),
+    Hook(
+        name="trainer.resumed_step",
+        target=Target("verl.trainer.ppo.v1.trainer_base:PPOTrainer._load_checkpoint"),
+        wrapper=_FILE_LOG + "remember_resumed_step",
+        why="no trainer says afterwards whether it resumed, and from which step",
+        how="notes on the trainer the step that verl set",
+        since="0.9",
+        until="as trainer.file_log",
+    ),
+    Hook(
+        name="trainer.legacy_resumed_step",
+        target=Target("verl.trainer.ppo.ray_trainer:RayPPOTrainer._load_checkpoint"),
+        wrapper=_FILE_LOG + "remember_resumed_step",
+        why="as trainer.resumed_step, for the legacy trainer and the one-step-off one",
+        how="as trainer.resumed_step",
+        until="as trainer.file_log",
     ),
     Hook(
         name="rollout.worker_report",

@@ -87,6 +87,11 @@ def check_what_runs(trainer: Any) -> None:
     raise_if_any(settings, found, file or "in the log above")
 
 
+def running_trainer() -> Any:
+    """The trainer with the flag whose ``fit`` is running in this process, or None."""
+    return _trainer
+
+
 def log_training_step(original: Callable[..., None]) -> Callable[..., None]:
     def log(self: Any, data: Any, step: int, *args: Any, **kwargs: Any) -> None:
         if not _is_fitting() or STEP_KEY not in data:
