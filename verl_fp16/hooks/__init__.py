@@ -264,6 +264,14 @@ HOOKS: tuple[Hook, ...] = (
         until="calculate_debug_metrics gets them",
     ),
     Hook(
+        name="mismatch.responses",
+        target=Target("verl.trainer.ppo.metric_utils:compute_data_metrics", ("batch",)),
+        wrapper="verl_fp16.hooks.mismatch:remember_responses",
+        why="where logits are NaN, the rollout repeats one token to the end of the response, and verl does not tell",
+        how="notes the step's responses, in which the watch looks for runs of one token",
+        until="never: it is ours",
+    ),
+    Hook(
         name="mismatch.correction",
         target=Target(
             "verl.trainer.ppo.rollout_corr_helper:compute_rollout_correction_and_rejection_mask",

@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from verl_fp16.hooks import mismatch
 from verl_fp16.hooks.bypass import FIRST_MINI_BATCH
 from verl_fp16.hooks.driver import read_settings
 from verl_fp16.mismatch.alarms import Alarm, Alarms
 from verl_fp16.mismatch.measured import MeasuredGap
+from verl_fp16.mismatch.repetition import rows_with_runs
 from verl_fp16.mismatch_settings import MismatchSettings
 from verl_fp16.readback.compare import dtypes_in_force
 from verl_fp16.telling import tell
@@ -42,8 +45,9 @@ class GapWatch:
 
     def look_at(self, step: StepRecord) -> None:
         """Add to the metrics of ``step``, tell its alarms and do what the settings say, write its evidence."""
-        measured = mismatch.take_measured()
+        seen = mismatch.take_seen()
         _drop_role(step.metrics)
+        self._look_for_runs(step, seen.responses)
         if not any(name.startswith((mismatch.PREFIX, FIRST_MINI_BATCH)) for name in step.metrics):
             return
         for side, dtypes in self._dtypes.items():
@@ -54,11 +58,17 @@ class GapWatch:
             tell(alarm.line(step.number))
         interval = self._settings.evidence_interval
         if alarms or interval and step.number % interval == 0:
-            self._write_evidence(step, measured, alarms)
+            self._write_evidence(step, seen.gap, alarms)
         if alarms and self._settings.on_alarm in ("checkpoint", "stop"):
             step.save_checkpoint()
         if alarms and self._settings.on_alarm == "stop":
             step.stop("; ".join(alarm.line(step.number) for alarm in alarms))
+
+    def _look_for_runs(self, step: StepRecord, responses: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        length = self._settings.alarm_run_tokens
+        if responses is not None and length is not None and len(responses[0]):
+            stuck = rows_with_runs(*responses, length)
+            step.metrics[f"{mismatch.PREFIX}repeating_rows_share"] = stuck / len(responses[0])
 
     def _write_evidence(self, step: StepRecord, measured: MeasuredGap | None, alarms: Sequence[Alarm]) -> None:
         from verl_fp16.mismatch import evidence_files
@@ -71,7 +81,7 @@ class GapWatch:
         facts = {
             "dtypes": self._dtypes,
             "alarms": [alarm.line(step.number) for alarm in alarms],
-            "metrics": {name: value for name, value in step.metrics.items() if name.startswith("mismatch")},
+            "scalars": {name: value for name, value in step.metrics.items() if name.startswith("mismatch")},
         }
         try:
             written = evidence_files.write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,31 +14,44 @@ from verl_fp16.mismatch.measured import MeasuredGap
 
 PREFIX = "mismatch/"
 
-# What was measured on the driver since the last training step was logged, and the names of the batch in work.
-_measured: MeasuredGap | None = None
-_ids: Sequence[str] | None = None
+
+@dataclass
+class Seen:
+    """What verl has shown this process since its last training step was logged.
+
+    Attributes:
+        gap: of the batch; None where verl does not compare rollout and training.
+        responses: token ids and what of them is no padding, both of shape (sequences, positions).
+        ids: the names of the batch in work.
+    """
+
+    gap: MeasuredGap | None = None
+    responses: tuple[torch.Tensor, torch.Tensor] | None = None
+    ids: Sequence[str] | None = None
 
 
-def take_measured() -> MeasuredGap | None:
-    """What was measured on this process since the last call; None without."""
-    global _measured
-    measured, _measured = _measured, None
-    return measured
+_seen = Seen()
+
+
+def take_seen() -> Seen:
+    """What was seen since the last call."""
+    global _seen
+    seen, _seen = _seen, Seen()
+    return seen
 
 
 def add_log_prob_gap(original: Callable[[Any], dict]) -> Callable[[Any], dict]:
     def calculate_debug_metrics(data: Any) -> dict:
-        global _measured
         metrics = original(data)
         if plugin.flag_given:
             batch = data.batch
             mask = batch["response_mask"] if "response_mask" in batch else batch["attention_mask"]
             tokens = batch["responses"]
             mask = mask[:, -tokens.size(1) :]
-            ids = _ids if _ids is not None else getattr(data, "non_tensor_batch", {}).get("uid")
+            ids = _seen.ids if _seen.ids is not None else getattr(data, "non_tensor_batch", {}).get("uid")
             ids = ids if ids is not None and len(ids) == len(tokens) else None
-            _measured = MeasuredGap.of(batch["rollout_log_probs"], batch["old_log_probs"], mask, tokens, ids)
-            metrics.update({PREFIX + name: value for name, value in _measured.statistics.scalars().items()})
+            _seen.gap = MeasuredGap.of(batch["rollout_log_probs"], batch["old_log_probs"], mask, tokens, ids)
+            metrics.update({PREFIX + name: value for name, value in _seen.gap.statistics.scalars().items()})
         return metrics
 
     return calculate_debug_metrics
@@ -45,14 +59,29 @@ def add_log_prob_gap(original: Callable[[Any], dict]) -> Callable[[Any], dict]:
 
 def remember_sample_ids(original: Callable[[Any, Any, dict], Any]) -> Callable[[Any, Any, dict], Any]:
     def _compute_old_log_prob(self: Any, batch: Any, metrics: dict) -> Any:
-        global _ids
-        _ids = getattr(batch, "keys", None)
+        _seen.ids = getattr(batch, "keys", None)
         try:
             return original(self, batch, metrics)
         finally:
-            _ids = None
+            _seen.ids = None
 
     return _compute_old_log_prob
+
+
+def remember_responses(original: Callable[..., dict]) -> Callable[..., dict]:
+    def compute_data_metrics(batch: Any, *args: Any, **kwargs: Any) -> dict:
+        metrics = original(batch, *args, **kwargs)
+        if plugin.flag_given:
+            tokens = batch.batch["responses"]
+            # Not response_mask: what a correction of the loss has rejected was said all the same.
+            if "response_length" in batch.batch:
+                within = torch.arange(tokens.size(1), device=tokens.device) < batch.batch["response_length"][:, None]
+            else:
+                within = batch.batch["attention_mask"][:, -tokens.size(1) :]
+            _seen.responses = tokens, within
+        return metrics
+
+    return compute_data_metrics
 
 
 def leave_out_of_correction(original: Callable[..., tuple]) -> Callable[..., tuple]:

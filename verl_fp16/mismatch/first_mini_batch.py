@@ -35,9 +35,7 @@ class FirstMiniBatch:
         if self.running:
             self.measured = []
 
-    def take(
-        self, rollout: torch.Tensor, training: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor
-    ) -> None:
+    def take(self, rollout: torch.Tensor, training: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> None:
         """Take in a micro-batch of the first mini-batch; all of shape (sequences, positions), on one device."""
         self.measured.append(MeasuredGap.of(rollout, training, mask, tokens))
 
