@@ -251,6 +251,17 @@ def test_the_extreme_that_is_told_is_the_larger_one_with_its_sign():
     assert (alarm.metric, alarm.value) == ("mismatch/prob_diff_max", 1.0)
 
 
+@pytest.mark.parametrize(("rule", "needed"), (("prob_diff", 3), ("run_share", 2)))
+def test_what_is_told_again_is_told_of_a_step_that_has_it(rule, needed):
+    """A line about a value that is ordinary helps nobody."""
+    fault, calm = (
+        {**FAULTS[rule][0], "sequences": 512.0},
+        {"prob_diff_min": -0.1, "repeating_rows": 0.0, "sequences": 512.0},
+    )
+    steps = [*[fault] * (needed + 9), calm, fault]
+    assert told(run(steps, MismatchSettings(alarm_window=10))) == [(needed, rule), (needed + 11, rule)]
+
+
 def test_one_response_that_repeats_itself_is_no_fault_of_a_small_batch():
     steps = [{"repeating_rows": float(step % 3 == 0), "sequences": 16.0} for step in range(60)]
     assert run(steps) == []
@@ -280,6 +291,10 @@ def test_both_sides_are_faults_of_their_own():
     ]
     assert [alarm.trend for _, alarm in found] == ["2 tokens, beside 9 that are finite on both sides", "1 token"]
     assert "preflight" in found[0][1].advice and "trace_modules" in found[1][1].advice
+
+
+def test_the_gap_of_the_first_mini_batch_has_a_prefix_of_its_own():
+    assert PREFIXES == ("mismatch/", "mismatch_first_mini_batch/")
 
 
 def test_the_metrics_are_those_that_the_statistics_have():

@@ -38,8 +38,8 @@ SLOPE_SEQUENCES = 16
 
 SLOPE_LENGTH = 100.0
 """Tokens: with shorter responses on average, the slope is not judged. A token's own rounding error, the same each time
-(5e-4 nats in FP16, 1e-2 in BF16), makes a step between responses of 3 and 4 tokens that is significant and, scaled to
-1,000 tokens, passes the limit; k3 tells of such runs."""
+(1e-2 nats in BF16), is a difference between responses of 2 and 4 tokens that can be significant and, scaled to 1,000
+tokens, lies beyond any limit; k3 tells of such runs."""
 
 
 @dataclass(frozen=True)
