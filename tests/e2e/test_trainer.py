@@ -31,7 +31,8 @@ def check_gap(step: dict[str, float]) -> None:
     """FP16 on both sides: the gap is there and is FP16's."""
     assert 0 < step["mismatch/log_prob_abs_diff_mean"] < 2e-3
     assert 0 < step["mismatch/k3"] < 1e-5
-    assert step["mismatch/left_out_tokens"] == 0
+    assert step["mismatch/nonfinite_rollout"] == step["mismatch/nonfinite_training"] == step["mismatch/alarms"] == 0
+    assert step["mismatch/train_dtype/float16"] == step["mismatch/rollout_dtype/float16"] == 1
     assert 0 < step["training/rollout_probs_diff_mean"] < 1e-3
 
 
@@ -245,7 +246,7 @@ def test_siblings_run(tiny_model, tmp_path, precision):
     run = train(tmp_path, tiny_model, f"precision={precision}")
     check_nothing_left(run)
     assert "actor/loss_scale" not in run.step(2), "no scaler outside of FP16"
-    assert run.step(2)["mismatch/left_out_tokens"] == 0
+    assert run.step(2)["mismatch/nonfinite_rollout"] == 0
 
 
 @pytest.mark.slow

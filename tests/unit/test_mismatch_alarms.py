@@ -13,6 +13,8 @@ from verl_fp16.mismatch_settings import MismatchSettings
 
 PREFIX = PREFIXES[0]
 LASTING = MismatchSettings().alarm_window
+# Whatever the rest is measured on.
+OF_THE_BATCH = ("repeating_rows_share",)
 
 
 def calm(seed: int = 0, level: float = 3e-6, sigma: float = 0.5, tokens: int = 512 * 1200):
@@ -31,14 +33,17 @@ def calm(seed: int = 0, level: float = 3e-6, sigma: float = 0.5, tokens: int = 5
             "empty_rows": 0.0,
             "nonfinite_rollout": 0.0,
             "nonfinite_training": 0.0,
-            "repeating_rows": float(noise.random() < 0.2) * 4,
+            "repeating_rows_share": float(noise.random() < 0.2) * 4 / 512,
         }
 
 
 def run(steps, settings: MismatchSettings | None = None, prefix: str = PREFIX):
     """(step, alarm) of each alarm; steps count from 1."""
     alarms = Alarms(settings or MismatchSettings())
-    logged = ({"actor/loss": 0.5, **{prefix + name: value for name, value in step.items()}} for step in steps)
+    logged = (
+        {"actor/loss": 0.5, **{(PREFIX if name in OF_THE_BATCH else prefix) + name: step[name] for name in step}}
+        for step in steps
+    )
     return [(number, alarm) for number, step in enumerate(logged, 1) for alarm in alarms.judge(number, step)]
 
 
@@ -80,7 +85,7 @@ FAULTS = {
         "standard error 0.1; beyond 0.5 nats",
     ),
     "nonfinite": ({"nonfinite_rollout": 1.0}, f"{PREFIX}nonfinite_rollout", "1 token, beside 614,400 that are finite"),
-    "run_share": ({"repeating_rows": 8.0}, f"{PREFIX}repeating_rows", "0.016 of 512 rows have one token 64 times"),
+    "run_share": ({"repeating_rows_share": 8 / 512}, f"{PREFIX}repeating_rows_share", "one token 64 times in a row"),
 }
 
 
@@ -93,7 +98,7 @@ def test_each_fault_is_told_once_within_three_steps(rule, clean, prefix):
     assert told(found) == [(found[0][0], rule)], "once in the window"
     ((number, alarm),) = found
     assert clean < number <= clean + 3
-    assert alarm.metric == metric.replace(PREFIX, prefix)
+    assert alarm.metric == (metric if metric.endswith(OF_THE_BATCH) else metric.replace(PREFIX, prefix))
     assert alarm.value == next(iter(fault.values()))
     line = alarm.line(number)
     assert line.startswith(f"step {number}: {alarm.metric} is {alarm.value:.3g} (") and "\n" not in line
@@ -165,10 +170,10 @@ def test_steps_without_a_metric_do_not_count():
     assert run([{}] * 20) == []
 
 
-@pytest.mark.parametrize("other", ("sequences", "repeating_rows", "slope_per_1k_tokens_se"))
+@pytest.mark.parametrize("other", ("repeating_rows_share", "slope_per_1k_tokens_se"))
 def test_half_of_what_a_rule_needs_is_no_alarm(other):
     fault = {name: value for _, values in FAULTS.items() for name, value in values[0].items()}
-    wanted = {"sequences": "run_share", "repeating_rows": "run_share", "slope_per_1k_tokens_se": "slope"}[other]
+    wanted = {"repeating_rows_share": "run_share", "slope_per_1k_tokens_se": "slope"}[other]
     steps = list(faulty(7, fault, 5))
     for step in steps:
         del step[other]
@@ -196,7 +201,7 @@ def test_every_optional_setting_turns_a_rule_off():
         ("alarm_k3_growth", 4.0, {"k3": 4e-5}, {"k3": 4.001e-5}),
         ("alarm_slope", 2.0, {"slope_per_1k_tokens": 2.0}, {"slope_per_1k_tokens": 2.001}),
         ("alarm_nonfinite", 3, {"nonfinite_training": 2.0}, {"nonfinite_training": 3.0}),
-        ("alarm_run_share", 0.25, {"repeating_rows": 4.0}, {"repeating_rows": 5.0}),
+        ("alarm_run_share", 0.25, {"repeating_rows_share": 0.2499}, {"repeating_rows_share": 0.25}),
     ),
 )
 def test_the_limits_are_the_settings(setting, limit, at, beyond):
@@ -205,13 +210,6 @@ def test_the_limits_are_the_settings(setting, limit, at, beyond):
     assert run([calm] * 7 + [{**calm, **at}] * 5, settings) == []
     ((_, alarm),) = run([calm] * 7 + [{**calm, **beyond}] * 5, settings)
     assert setting == f"alarm_{alarm.rule}"
-
-
-def test_rows_of_nothing_but_nan_are_rows():
-    """Where the rollout's logits are NaN, no row has a token that counts."""
-    stuck = {"repeating_rows": 8.0, "sequences": 0.0, "empty_rows": 8.0, "tokens": 0.0, "nonfinite_rollout": 512.0}
-    assert told(run([stuck] * 3)) == [(1, "nonfinite"), (2, "run_share")]
-    assert run([{"repeating_rows": 0.0, "sequences": 0.0, "empty_rows": 0.0}] * 3) == []
 
 
 SLOPE = {"slope_per_1k_tokens": -3.0, "slope_per_1k_tokens_se": 0.1, "sequences": 64.0, "tokens": 64.0 * 500}
@@ -254,16 +252,13 @@ def test_the_extreme_that_is_told_is_the_larger_one_with_its_sign():
 @pytest.mark.parametrize(("rule", "needed"), (("prob_diff", 3), ("run_share", 2)))
 def test_what_is_told_again_is_told_of_a_step_that_has_it(rule, needed):
     """A line about a value that is ordinary helps nobody."""
-    fault, calm = (
-        {**FAULTS[rule][0], "sequences": 512.0},
-        {"prob_diff_min": -0.1, "repeating_rows": 0.0, "sequences": 512.0},
-    )
+    fault, calm = FAULTS[rule][0], {"prob_diff_min": -0.1, "repeating_rows_share": 0.0}
     steps = [*[fault] * (needed + 9), calm, fault]
     assert told(run(steps, MismatchSettings(alarm_window=10))) == [(needed, rule), (needed + 11, rule)]
 
 
 def test_one_response_that_repeats_itself_is_no_fault_of_a_small_batch():
-    steps = [{"repeating_rows": float(step % 3 == 0), "sequences": 16.0} for step in range(60)]
+    steps = [{"repeating_rows_share": float(step % 3 == 0) / 16} for step in range(60)]
     assert run(steps) == []
 
 
@@ -298,7 +293,7 @@ def test_the_gap_of_the_first_mini_batch_has_a_prefix_of_its_own():
 
 
 def test_the_metrics_are_those_that_the_statistics_have():
-    names = {statistic.name for statistic in STATISTICS} | {"repeating_rows"}
+    names = {statistic.name for statistic in STATISTICS} | {"repeating_rows_share"}
     assert {metric.removeprefix(PREFIX) for _, metric, _ in FAULTS.values()} <= names
     assert set(next(calm())) <= names
 

@@ -74,8 +74,15 @@ class GapWatch:
         from verl_fp16.mismatch import evidence_files
 
         bounds = self._settings.evidence_tokens, self._settings.evidence_sequences
-        found = [measured.evidence(*bounds)] if measured is not None else self._of_ranks(step.trainer, bounds)
-        if self._folder is None or not found:
+        if self._folder is None:
+            return
+        if measured is not None:
+            found = [measured.evidence(*bounds)]
+        elif any(name.startswith(FIRST_MINI_BATCH) for name in step.metrics):
+            found = self._of_ranks(step.trainer, bounds)
+        else:
+            found = []
+        if not found:
             return
         (first, curves), *others = found
         facts = {

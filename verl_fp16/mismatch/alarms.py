@@ -237,10 +237,10 @@ class NonFinite:
 class RunShare:
     """Responses stuck on one token, as "!!!!".
 
-    Holds where ``repeating_rows`` is at least ``alarm_run_share`` of the rows in this step and in 2 of the last 3, so
-    that one response of a small batch is none. Rows without a finite log-probability count as rows here: those of NaN
-    are the ones that get stuck. The defaults are ours: 64 of one token are no text, and of a base model's responses
-    some repeat themselves, mostly more than one token.
+    Holds where ``repeating_rows_share`` is at least ``alarm_run_share`` in this step and in 2 of the last 3, so that
+    one response of a small batch is none. It is of the step's whole batch, also where the gap is of a part of it. The
+    defaults are ours: 64 of one token are no text, and of a base model's responses some repeat themselves, mostly more
+    than one token.
     """
 
     def __init__(self, settings: MismatchSettings) -> None:
@@ -249,22 +249,19 @@ class RunShare:
         self._last: deque[bool] = deque(maxlen=3)
 
     def judge(self, step: int, logged: Logged) -> Iterator[tuple[str, Alarm | None]]:
-        found = logged.find("repeating_rows", "sequences")
-        if found is None:
+        metric = f"{PREFIXES[0]}repeating_rows_share"
+        share = logged.near(PREFIXES[0], "repeating_rows_share")
+        if share is None:
             return
-        prefix, (stuck, sequences) = found
-        rows = sequences + (logged.near(prefix, "empty_rows") or 0.0)
-        if not rows:
-            return
-        self._last.append(stuck >= self._limit * rows)
+        self._last.append(share >= self._limit)
         if not self._last[-1] or sum(self._last) < 2:
             yield "run_share", None
             return
         trend = (
-            f"{stuck / rows:.2g} of {rows:,.0f} rows have one token {self._length} times in a row or more, and "
-            f"{self._limit:g} had in {sum(self._last)} of the last {len(self._last)} steps"
+            f"the share of responses with one token {self._length} times in a row or more; {self._limit:g} or more in "
+            f"{sum(self._last)} of the last {len(self._last)} steps"
         )
-        yield "run_share", Alarm("run_share", f"{prefix}repeating_rows", stuck, trend, _ADVICE["run_share"])
+        yield "run_share", Alarm("run_share", metric, share, trend, _ADVICE["run_share"])
 
 
 Rule = ProbDiff | K3Growth | Slope | NonFinite | RunShare
