@@ -57,6 +57,7 @@ A_DTYPE = re.compile(r"(torch\.)?(b?float\d*|half|double|fp\d+|bf16|int[48]|w\d+
 NOT_PRECISION = {
     "verl_fp16.read_back_timeout_s": "how long the read-back waits",
     "verl_fp16.sync.*": "policy and audit of the weight sync; what is no policy or number is refused",
+    "verl_fp16.mismatch.*": "when the gap is told of, and what is kept of it; what is out of range is refused",
     "*.loss_scale_factor": "divides the sum over tokens in the loss: a constant, in float32",
     "*.mtp_loss_scaling_factor": "weight of the loss of multi-token prediction",
     "*.optimizer_offload": "where the optimizer's state is kept, not in which dtype",
