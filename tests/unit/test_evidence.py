@@ -168,6 +168,12 @@ def test_parts_merged_in_any_order_are_the_whole(batch, cuts, max_tokens, max_se
     assert len(expected.sequences) == min(max_sequences, len(sequences))
 
 
+def test_the_log_ratio_of_a_token_has_the_sign_of_its_sequences():
+    found = collected(torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), torch.ones(1, 1), torch.ones(1, 1))
+    assert found.tokens[0].log_ratio == found.sequences[0].log_ratio == -2.0
+    assert found.tokens[0].gap == 2.0
+
+
 def test_ties_go_to_the_first_in_the_batch():
     mu = torch.zeros(40, 50)
     pi = torch.full_like(mu, -0.5)
@@ -240,13 +246,18 @@ class LargestOutput(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("gaps", ("growing", "equal", "nan"))
 @pytest.mark.parametrize("form", (collected, packed))
-def test_temporaries_do_not_grow_with_the_batch(form):
-    mu = torch.rand(300, 4000, generator=torch.Generator().manual_seed(0))
-    pi = mu * torch.linspace(1, 2, 300)[:, None]  # every chunk has worse ones than the last
+def test_temporaries_do_not_grow_with_the_batch(form, gaps):
+    mu = torch.rand(100, 4000, generator=torch.Generator().manual_seed(0))
+    pi = {
+        "growing": mu * torch.linspace(1, 2, 100)[:, None],  # every chunk has worse ones than the last
+        "equal": mu,
+        "nan": torch.full_like(mu, math.nan),
+    }[gaps]
     inputs = mu, pi, torch.ones_like(mu), mu.long()
     rows = GapStatistics().add(*inputs[:3])
-    offsets = torch.arange(301) * 4000
+    offsets = torch.arange(101) * 4000
     with LargestOutput() as watch:
         if form is packed:
             collect_packed(*(x.flatten() for x in inputs), offsets, rows, max_tokens=64, max_sequences=64)
