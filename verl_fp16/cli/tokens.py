@@ -27,7 +27,7 @@ _DISPENSABLE = ("sample", "pi", "mu", "log pi", "log mu")  # the first to go whe
 _LEAST_CONTEXT, _ROOMY_CONTEXT = 8, 30
 
 
-class Order(str, Enum):  # noqa: UP042  Python 3.10
+class Order(str, Enum):
     """Of what is shown."""
 
     gap = "gap"
