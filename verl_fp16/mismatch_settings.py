@@ -30,6 +30,7 @@ class MismatchSettings:
         evidence_keep: the newest folders of evidence that are kept, beside those of alarms; >= 1.
         alarm_prob_diff: |pi - mu| of a step's worst token, in (0, 1].
         alarm_k3_growth: factor between the oldest and the newest k3 of the window; > 1.
+        alarm_k3_jump: factor between the newest k3 and that of the 20 steps before; > 1.
         alarm_window: training steps over which k3's growth is looked at, and after which a fault that lasts is told
             again; >= 10. It belongs to all rules and cannot be None.
         alarm_slope: |slope| of the sequences' log(pi / mu) over their length, nats per 1,000 tokens; > 0.
@@ -48,6 +49,7 @@ class MismatchSettings:
     evidence_keep: int = 20
     alarm_prob_diff: float | None = 0.9
     alarm_k3_growth: float | None = 10.0
+    alarm_k3_jump: float | None = 3.0
     alarm_window: int = 100
     alarm_slope: float | None = 0.5
     alarm_nonfinite: int | None = 1
@@ -87,7 +89,11 @@ def mismatch_complaints(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("alarm_prob_diff", "alarm_run_share"):
         if values[name] is not None and not (_number(values[name]) and 0 < values[name] <= 1):
             yield name, f"must be above 0 and at most 1, {_OFF}, got {values[name]!r}"
-    for name, above, unit in (("alarm_k3_growth", 1, "factor"), ("alarm_slope", 0, "number of nats")):
+    for name, above, unit in (
+        ("alarm_k3_growth", 1, "factor"),
+        ("alarm_k3_jump", 1, "factor"),
+        ("alarm_slope", 0, "number of nats"),
+    ):
         if values[name] is not None and not (_number(values[name]) and above < values[name] < math.inf):
             yield name, f"must be a finite {unit} above {above}, {_OFF}, got {values[name]!r}"
 

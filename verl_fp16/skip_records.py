@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ class SkipRecord:
         gradients.sort(key=lambda gradient: -(gradient["infinite"] + gradient["nan"]))
         faulty_ranks = tuple(rank.rank for rank in ranks if rank.forward_fault)
         return cls(
-            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            time=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             kind=kind,
             gradients=tuple(gradients[:MAX_RECORDED]),
             gradients_total=len(gradients),

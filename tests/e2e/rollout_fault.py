@@ -1,7 +1,7 @@
 """Plants a fault in the rollout: from the training step ``ROLLOUT_FAULT_FROM`` on, one layer's weights rounded to BF16.
 
-verl imports this in every process of a run, through ``VERL_USE_EXTERNAL_MODULES``. The actor keeps its weights; what is
-sent from then on differs from what the sender has counted, as by a fault on the way, and only an audited sync would see.
+verl imports this in every process of a run, through ``VERL_USE_EXTERNAL_MODULES``. The actor keeps its weights;
+what is sent from then on is not what the sender has counted, as by a fault on the way, which an audited sync would see.
 """
 
 from __future__ import annotations

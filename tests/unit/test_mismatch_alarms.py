@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from verl_fp16.mismatch.alarms import K3_FLOOR, PREFIXES, QUIET_STEPS, RULES, Alarms
+from verl_fp16.mismatch.alarm_rules import K3_FLOOR, PREFIXES
+from verl_fp16.mismatch.alarms import QUIET_STEPS, Alarms
 from verl_fp16.mismatch.definitions import STATISTICS
 from verl_fp16.mismatch_settings import MismatchSettings
 
@@ -64,6 +65,7 @@ def faulty(clean: int, fault: dict[str, float], lasting: int, then: int = 0, **c
     "kind",
     (
         {"level": 3e-6},
+        {"level": 1e-4, "sigma": 0.6},
         {"level": 1e-3},  # BF16's level: steady, it is no growth
         {"level": 1e-7, "sigma": 1.0},
         {"level": 1e-6, "tokens": 512 * 4},
@@ -75,9 +77,10 @@ def test_calm_runs_have_no_alarm(seed, kind):
     assert run(next(steps) for _ in range(1000)) == []
 
 
+NO_JUMP = MismatchSettings(alarm_k3_jump=None)
 K3 = {"k3": 3e-4}  # a hundred times the calm level: BF16 against FP16
 FAULTS = {
-    "k3_growth": (K3, f"{PREFIX}k3", "over"),
+    "k3_jump": (K3, f"{PREFIX}k3", "of the newest 3"),
     "prob_diff": ({"prob_diff_min": -0.97}, f"{PREFIX}prob_diff_min", "0.9 or more in 3 of the last 5 steps"),
     "slope": (
         {"slope_per_1k_tokens": -1.01, "slope_per_1k_tokens_se": 0.1},
@@ -114,7 +117,7 @@ def test_k3_grows_at_once_in_noise_too(seed, sigma):
     for step in steps[20:]:
         step["k3"] = 3e-4 * noise.lognormvariate(0, sigma)
     ((number, alarm),) = run(steps)
-    assert alarm.rule == "k3_growth" and 20 < number <= 23
+    assert alarm.rule == "k3_jump" and 20 < number <= 23
 
 
 @pytest.mark.parametrize("rule", sorted(FAULTS.keys() - {"nonfinite"}))
@@ -134,7 +137,7 @@ def test_slow_growth_is_told_within_the_window(steps):
     clean = list(faulty(60, {}, steps + 20, sigma=0.3))
     for index, step in enumerate(clean[60:]):
         step["k3"] *= 20 ** min(1.0, index / steps)
-    found = run(clean)
+    found = run(clean, NO_JUMP)
     assert [rule for _, rule in told(found)] == ["k3_growth"]
     assert 60 < found[0][0] <= 60 + steps + 20
 
@@ -144,26 +147,52 @@ def test_a_level_is_told_as_growth_once_only():
     assert len(run(faulty(30, K3, 1000))) == 1
 
 
+def test_growth_that_was_told_as_a_jump_is_no_news_and_the_other_way_round():
+    """The step that is ten times the level is a jump at once, and growth as long as the window remembers."""
+    assert told(run(faulty(30, K3, LASTING - 1))) == [(32, "k3_jump")]
+    assert told(run(faulty(30, K3, LASTING - 1), NO_JUMP)) == [(32, "k3_growth")]
+
+
+def as_on_a_cpu(clean, factor, sigma=0.15, seed=0):
+    """k3 of short FP16 runs on a CPU, and what a fault makes of it."""
+    noise = random.Random(seed)
+    return [{"k3": 1.7e-6 * noise.lognormvariate(0, sigma) * (factor if step >= clean else 1)} for step in range(60)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_jump_is_beyond_what_k3_varies_by(seed):
+    assert 10 < run(as_on_a_cpu(10, 6.0, seed=seed))[0][0] <= 13
+    assert run(as_on_a_cpu(10, 2.0, seed=seed)) == []
+    wide = as_on_a_cpu(30, 1.5, sigma=0.6, seed=seed)
+    assert run(wide, MismatchSettings(alarm_k3_jump=1.5, alarm_k3_growth=None)) == [], "no more than ordinary here"
+
+
+def test_a_jump_needs_four_steps_before_the_newest_three():
+    steps = [{"k3": 2e-6}] * 5 + [{"k3": 1e-4}] * 5
+    assert told(run(steps)) == [(7, "k3_jump")]
+    assert told(run(steps[3:])) == []
+
+
 @pytest.mark.parametrize("before", (0.0, 1e-12, 1e-8))
 def test_growth_is_counted_from_the_floor(before):
     limit = MismatchSettings().alarm_k3_growth * K3_FLOOR
     steps = [{"k3": before}] * 10
-    assert run([*steps, *[{"k3": limit}] * 10]) == []
-    ((number, alarm),) = run([*steps, *[{"k3": limit * 1.001}] * 10])
+    assert run([*steps, *[{"k3": limit}] * 10], NO_JUMP) == []
+    ((number, alarm),) = run([*steps, *[{"k3": limit * 1.001}] * 10], NO_JUMP)
     assert number == 12 and alarm.trend == f"{before:.2g} -> 1e-05 over 11 steps, medians"
     assert run([{"k3": before}, {"k3": 0.0}] * 50) == []
 
 
 def test_growth_needs_steps_to_compare_with():
     rising = [{"k3": 1e-5 * 100**step} for step in range(20)]
-    assert [number for number, _ in run(rising)] == [7]
+    assert [number for number, _ in run(rising, NO_JUMP)] == [7]
     assert run([{"k3": 0.0}] * 2 + [{"k3": 1.0}] * 200) == [], "two clean steps are no level"
 
 
 def test_steps_without_a_metric_do_not_count():
     """Neither do numbers that are not finite. What is left is judged as if it came step after step."""
     for hole in ({}, {"tokens": 0.0}, {"k3": math.nan, "prob_diff_min": -math.inf, "slope_per_1k_tokens": -0.5}):
-        for rule in ("k3_growth", "prob_diff", "slope", "run_share"):
+        for rule in ("k3_jump", "prob_diff", "slope", "run_share"):
             steps = list(faulty(7, FAULTS[rule][0], 3))
             holes = [part for step in steps for part in (step, hole)]
             assert [rule for _, rule in told(run(holes))] == [rule]
@@ -180,17 +209,24 @@ def test_half_of_what_a_rule_needs_is_no_alarm(other):
     assert {rule for _, rule in told(run(steps))} == FAULTS.keys() - {wanted}
 
 
+TURNED_OFF_BY = {
+    **{rule: [(f"alarm_{rule}",)] for rule in FAULTS},
+    "run_share": [("alarm_run_share",), ("alarm_run_tokens",)],
+    "k3_jump": [("alarm_k3_jump", "alarm_k3_growth")],
+}
+
+
 @pytest.mark.parametrize("rule", FAULTS)
 def test_a_rule_can_be_turned_off(rule):
     fault = {name: value for _, values in FAULTS.items() for name, value in values[0].items()}
-    for name in {"run_share": ("alarm_run_share", "alarm_run_tokens")}.get(rule, (f"alarm_{rule}",)):
-        found = run(faulty(7, fault, 5), MismatchSettings(**{name: None}))
+    for names in TURNED_OFF_BY[rule]:
+        found = run(faulty(7, fault, 5), MismatchSettings(**dict.fromkeys(names)))
         assert {rule for _, rule in told(found)} == FAULTS.keys() - {rule}
 
 
 def test_every_optional_setting_turns_a_rule_off():
     optional = {name for name in vars(MismatchSettings()) if name.startswith("alarm_")} - {"alarm_window"}
-    assert {name for _, needed in RULES for name in needed} == optional
+    assert {name for ways in TURNED_OFF_BY.values() for names in ways for name in names} == optional
 
 
 @pytest.mark.parametrize(
@@ -198,7 +234,7 @@ def test_every_optional_setting_turns_a_rule_off():
     (
         ("alarm_prob_diff", 1.0, {"prob_diff_max": 0.9999}, {"prob_diff_max": 1.0}),
         ("alarm_prob_diff", 0.5, {"prob_diff_min": -0.4999}, {"prob_diff_min": -0.5}),
-        ("alarm_k3_growth", 4.0, {"k3": 4e-5}, {"k3": 4.001e-5}),
+        ("alarm_k3_jump", 40.0, {"k3": 4e-4}, {"k3": 4.001e-4}),
         ("alarm_slope", 2.0, {"slope_per_1k_tokens": 2.0}, {"slope_per_1k_tokens": 2.001}),
         ("alarm_nonfinite", 3, {"nonfinite_training": 2.0}, {"nonfinite_training": 3.0}),
         ("alarm_run_share", 0.25, {"repeating_rows_share": 0.2499}, {"repeating_rows_share": 0.25}),
@@ -206,7 +242,7 @@ def test_every_optional_setting_turns_a_rule_off():
 )
 def test_the_limits_are_the_settings(setting, limit, at, beyond):
     calm = {"k3": 1e-5, "slope_per_1k_tokens_se": 0.1, "sequences": 16.0, "empty_rows": 4.0}
-    settings = MismatchSettings(**{setting: limit})
+    settings = MismatchSettings(**{"alarm_k3_growth": None, setting: limit})
     assert run([calm] * 7 + [{**calm, **at}] * 5, settings) == []
     ((_, alarm),) = run([calm] * 7 + [{**calm, **beyond}] * 5, settings)
     assert setting == f"alarm_{alarm.rule}"
@@ -303,5 +339,6 @@ def test_what_is_remembered_is_bounded():
     steps = calm()
     for number in range(1, 500):
         alarms.judge(number, {PREFIX + name: value for name, value in next(steps).items()})
-    sizes = [len(kept) for rule in alarms._rules for kept in vars(rule).values() if hasattr(kept, "append")]
-    assert max(sizes) == 10 and not alarms._told
+    parts = [part for rule in alarms._rules for part in (rule, *getattr(rule, "_parts", ()))]
+    kept = [value for part in parts for name, value in vars(part).items() if name != "_parts"]
+    assert sorted(len(value) for value in kept if hasattr(value, "append")) == [3, 3, 5, 10, 23] and not alarms._told

@@ -24,7 +24,7 @@ from verl_fp16.settings import LossScaleSettings, MismatchSettings, Settings, Se
         ({"sync": {"probe_tolerance": 0}}, "verl_fp16.sync.probe_tolerance must be a finite number of nats above 0"),
         ({"sync": {"probe_tolerance": float("inf")}}, "verl_fp16.sync.probe_tolerance must be a finite number"),
         ({"mismatch": 3}, "verl_fp16.mismatch must be a mapping, got 3"),
-        ({"mismatch": {"alarm_k3": 3}}, "did you mean verl_fp16.mismatch.alarm_k3_growth?"),
+        ({"mismatch": {"alarm_k3_grow": 3}}, "did you mean verl_fp16.mismatch.alarm_k3_growth?"),
         ({"mismatch": {"on_alarm": "halt"}}, "mismatch.on_alarm must be warn or checkpoint or stop, got 'halt'"),
         (
             {"mismatch": {"evidence_interval": -1}},
@@ -146,6 +146,7 @@ NAN, INF = float("nan"), float("inf")
         ("evidence_sequences", (0, 2.0, True, None), (1,)),
         ("evidence_keep", (0, 2.0, True, None), (1,)),
         ("alarm_prob_diff", (0, -0.5, 1.01, NAN, True, "0.9"), (1, 1e-9, None)),
+        ("alarm_k3_jump", (1, 0.5, INF, NAN, True, "3"), (1.01, 2, None)),
         ("alarm_k3_growth", (1, 0.5, INF, NAN, True, "10"), (1.01, 2, None)),
         ("alarm_window", (9, 10.0, True, None), (10,)),
         ("alarm_slope", (0, -0.5, INF, NAN, True, "1"), (1e-9, 2, None)),
