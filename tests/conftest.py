@@ -22,6 +22,12 @@ def tiny_moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save_tiny(tmp_path_factory.mktemp("tiny-moe-model"), "Qwen3Moe", **experts)
 
 
+@pytest.fixture(scope="session")
+def sharp_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first one with weights of seven times the size: its log-probabilities differ from token to token."""
+    return _save_tiny(tmp_path_factory.mktemp("sharp-model"), "Qwen3", initializer_range=0.15)
+
+
 def _save_tiny(path: Path, architecture: str, **more: object) -> Path:
     import torch
     import transformers

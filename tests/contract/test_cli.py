@@ -133,10 +133,10 @@ def test_a_broken_hook_is_a_row_of_its_own(tmp_path):
     environ = of_a_run(with_site(tmp_path, plant))
     facts = look("plugin", environ, TIMEOUT_S)
     rows = {check.name: check for check in checks.check_hooks(facts)}
-    broken = rows.pop("hook metrics.log_prob_gap")
+    broken = rows.pop("hook mismatch.measure")
     assert broken.status == "error"
     assert "calculate_debug_metrics" in broken.found
-    others = [rows[f"hook {hook.name}"].found for hook in HOOKS if hook.name != "metrics.log_prob_gap"]
+    others = [rows[f"hook {hook.name}"].found for hook in HOOKS if hook.name != "mismatch.measure"]
     assert all(found.startswith("withdrawn: ") for found in others), "all or nothing"
     assert checks.check_plugin(facts, environ, find_verl()).status == "error"
 

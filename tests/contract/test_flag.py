@@ -403,7 +403,7 @@ def test_a_worker_without_the_hooks_stops():
         "from verl.utils.import_utils import import_external_libs as f; f('verl_fp16.required')\n"
         "import verl.workers.engine.fsdp.transformer_impl, verl.utils.debug.metrics, verl_fp16.hooks as h\n"
         "import verl_fp16.plugin as p; "
-        "print(p.flag_given, {h.patcher.status()[name] for name in ('engine.loss_scaler', 'metrics.log_prob_gap')})"
+        "print(p.flag_given, {h.patcher.status()[name] for name in ('engine.loss_scaler', 'mismatch.measure')})"
     )
 
     def worker(**env):

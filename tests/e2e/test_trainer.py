@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -122,6 +123,11 @@ def check_stopped_by_observer(run: Run, step: int) -> None:
 
 
 def test_resumed_from_the_checkpoint_an_observer_saves_and_stops(two_ranks, tiny_model):
+    # The log goes on where the checkpoint is, not where the first run had come to.
+    log = two_ranks.folder / "metrics-6.jsonl"
+    log.write_bytes(
+        (two_ranks.folder / "metrics-2.jsonl").read_bytes() + b'{"step":3,"data":{"lost":1}}\n{"step":4,"da'
+    )
     run = train(
         two_ranks.folder,
         tiny_model,
@@ -133,6 +139,10 @@ def test_resumed_from_the_checkpoint_an_observer_saves_and_stops(two_ranks, tiny
         steps=6,
         **with_observer("3,4", stop_at=4),
     )
+    kept, mark = run.metrics[:3], run.metrics[3]
+    assert [(entry.step, entry.data) for entry in kept] == [(entry.step, entry.data) for entry in two_ranks.metrics]
+    assert (mark.step, mark.data) == (2, {"verl_fp16/resumed_from_step": 2})
+    run = replace(run, metrics=run.metrics[4:])
     check_stopped_by_observer(run, step=4)
     assert [entry.step for entry in run.metrics] == [2, 3, 4], "the validation; steps 1 and 2 are not repeated"
     for number in (3, 4):
