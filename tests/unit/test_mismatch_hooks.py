@@ -109,6 +109,7 @@ def test_the_dtypes_it_was_measured_under_are_those_that_were_read_back(tmp_path
     dtypes = {name: value for name, value in step.metrics.items() if "_dtype/" in name}
     assert dtypes == {"mismatch/train_dtype/float16": 1.0, "mismatch/rollout_dtype/bfloat16": 1.0}
     assert dtypes_in_force([]) == {}
+    assert 0 < step.metrics["mismatch/seconds"] < 10
 
 
 def test_a_step_without_a_gap_is_logged_as_it_is(tmp_path):

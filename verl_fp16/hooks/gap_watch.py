@@ -3,6 +3,7 @@ writes evidence."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class GapWatch:
 
     def look_at(self, step: StepRecord) -> None:
         """Add to the metrics of ``step``, tell its alarms and do what the settings say, write its evidence."""
-        seen = mismatch.take_seen()
+        began, seen = time.perf_counter(), mismatch.take_seen()
         _drop_role(step.metrics)
         self._look_for_runs(step, seen.responses)
         if not any(name.startswith((mismatch.PREFIX, FIRST_MINI_BATCH)) for name in step.metrics):
@@ -59,6 +60,7 @@ class GapWatch:
         interval = self._settings.evidence_interval
         if alarms or interval and step.number % interval == 0:
             self._write_evidence(step, seen.gap, alarms)
+        step.metrics[f"{mismatch.PREFIX}seconds"] = seen.seconds + time.perf_counter() - began
         if alarms and self._settings.on_alarm in ("checkpoint", "stop"):
             step.save_checkpoint()
         if alarms and self._settings.on_alarm == "stop":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,13 @@ class Seen:
         gap: of the batch; None where verl does not compare rollout and training.
         responses: token ids and what of them is no padding, both of shape (sequences, positions).
         ids: the names of the batch in work.
+        seconds: what measuring has taken.
     """
 
     gap: MeasuredGap | None = None
     responses: tuple[torch.Tensor, torch.Tensor] | None = None
     ids: Sequence[str] | None = None
+    seconds: float = 0.0
 
 
 _seen = Seen()
@@ -44,6 +47,7 @@ def add_log_prob_gap(original: Callable[[Any], dict]) -> Callable[[Any], dict]:
     def calculate_debug_metrics(data: Any) -> dict:
         metrics = original(data)
         if plugin.flag_given:
+            began = time.perf_counter()
             batch = data.batch
             mask = batch["response_mask"] if "response_mask" in batch else batch["attention_mask"]
             tokens = batch["responses"]
@@ -52,6 +56,7 @@ def add_log_prob_gap(original: Callable[[Any], dict]) -> Callable[[Any], dict]:
             ids = ids if ids is not None and len(ids) == len(tokens) else None
             _seen.gap = MeasuredGap.of(batch["rollout_log_probs"], batch["old_log_probs"], mask, tokens, ids)
             metrics.update({PREFIX + name: value for name, value in _seen.gap.statistics.scalars().items()})
+            _seen.seconds += time.perf_counter() - began
         return metrics
 
     return calculate_debug_metrics
