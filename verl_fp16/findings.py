@@ -33,7 +33,8 @@ class Finding:
 
     def lines(self, indent: str = "   ") -> list[str]:
         """Key and value, why, and the fix, a line each."""
-        ways_out = " ".join(self.fix), self.advice
+        # As a shell takes it: an interpolation has to be quoted.
+        ways_out = " ".join(f"'{fix}'" if "$" in fix else fix for fix in self.fix), self.advice
         return [
             f"{self.key}={written(self.value)}",
             f"{indent}why: {self.why}",

@@ -19,8 +19,8 @@ FEWEST_STEPS = 10
 class MismatchSettings:
     """What is kept of the gap between training and rollout, and when it is an alarm.
 
-    An ``alarm_`` setting that is None turns its rule off. The rules are in :mod:`verl_fp16.mismatch.alarms`, and so is
-    where each default comes from.
+    An ``alarm_`` setting that is None turns its rule off. The rules are in :mod:`verl_fp16.mismatch.alarm_rules`, and
+    so is where each default comes from.
 
     Args:
         on_alarm: ``warn`` tells it, ``checkpoint`` also saves a checkpoint of the step, ``stop`` then ends the run.

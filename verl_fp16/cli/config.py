@@ -22,7 +22,8 @@ def config(
 ) -> None:
     """Show what a recipe or overrides change, against the installed verl's own configuration.
 
-    What the guard would refuse a start for is told too, on stderr; the exit code is 1 then.
+    What the guard would refuse a start for is told too, on stderr; the exit code is 1 then, and 2 where there is no
+    configuration to print.
 
     Example: verl-fp16 config +precision=fp16
     """

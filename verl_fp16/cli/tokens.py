@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WORST = 20
 _CONTEXT = "token in context"
 _DISPENSABLE = ("sample", "pi", "mu", "log pi", "log mu")  # the first to go where it is narrow
+_OTHERS = 8
 _LEAST_CONTEXT, _ROOMY_CONTEXT = 8, 30
 
 
@@ -203,12 +204,15 @@ def _cut(characters: list[str], room: int) -> list[str]:
 def _lines(found: Found, shown: int) -> Iterable[str]:
     told = _summary(found)
     if found.tokens:
-        rest = f"; shown are {shown}, --top shows more" if shown < len(found.tokens) else ""
-        yield f"gap: log pi - log mu in nats, mu of the rollout, pi of the training; position: of the length{rest}"
+        rest = f"; {shown} of {len(found.tokens):,} are shown, --top shows more" if shown < len(found.tokens) else ""
+        yield (
+            "gap: log pi - log mu in nats, mu of the rollout, pi of the training; position: from 0 on, of the "
+            f"response's length{rest}"
+        )
         yield (
             f"of {told['tokens']:,} tokens in the file {told['first_share']:.0%} are the first of their response, "
-            f"{told['last_share']:.0%} the last; median position {told['median_position']:g}, "
-            f"median length {told['median_length']:g}"
+            f"{told['last_share']:.0%} the last (by chance {told['chance']:.0%}); median position "
+            f"{told['median_position']:g}, median length {told['median_length']:g}"
             + (f"; {told['not_finite']:,} have a log-probability that is not finite" if told["not_finite"] else "")
         )
     if found.sequences is not None:
@@ -218,13 +222,20 @@ def _lines(found: Found, shown: int) -> Iterable[str]:
         yield f"{len(found.sequences):,} sequences{of}" + ("" if mean is None else f", mean log-ratio {mean:+.4g} nats")
     dtypes = found.facts.get("dtypes")
     if isinstance(dtypes, Mapping) and dtypes:
-        yield "dtypes: " + ", ".join(f"{role} {dtype}" for role, dtype in dtypes.items())
+        yield "dtypes: " + ", ".join(f"{role} {_listed(dtype)}" for role, dtype in dtypes.items())
     elif dtypes:
         yield f"dtypes: {dtypes}"
     for alarm in _alarms(found):
-        yield f"alarm: {alarm}"
+        yield f"alarm: {alarm.partition(' What to do: ')[0]}"
+    if others := [f"{step}{' (alarm)' if alarm else ''}" for step, alarm in found.others]:
+        newest = f"..., {', '.join(others[-_OTHERS:])}" if len(others) > _OTHERS else ", ".join(others)
+        yield f"other steps beside it: {newest}; show one with verl-fp16 tokens {found.file.parent.parent}/step_NNNNNN"
     for note in found.notes:
         yield f"note: {note}"
+
+
+def _listed(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _alarms(found: Found) -> list[str]:
@@ -239,6 +250,8 @@ def _summary(found: Found) -> dict[str, Any]:
         "not_finite": sum(not math.isfinite(token["log_ratio"]) for token in worst),
         "first_share": sum(not token["before_ids"] for token in worst) / len(worst) if worst else None,
         "last_share": sum(not token["after_ids"] for token in worst) / len(worst) if worst else None,
+        # Of a response of L tokens, 1 in L is the first one.
+        "chance": statistics.mean(1 / max(1, token["length"]) for token in worst) if worst else None,
         "median_position": statistics.median(token["position"] for token in worst) if worst else None,
         "median_length": statistics.median(token["length"] for token in worst) if worst else None,
         "sequences": None if sequences is None else len(sequences),
@@ -250,6 +263,7 @@ def _as_json(found: Found, shown: list[tuple[int, dict[str, Any]]]) -> dict[str,
     return {
         "file": str(found.file),
         "newest_of": found.newest_of,
+        "others": [{"step": step, "alarm": alarm} for step, alarm in found.others],
         "step": _step(found),
         "tokens": [{"number": number, **token} for number, token in shown],
         "summary": _summary(found),

@@ -54,7 +54,7 @@ class GapWatch:
         for side, dtypes in self._dtypes.items():
             step.metrics.update({f"{mismatch.PREFIX}{side}_dtype/{dtype}": 1.0 for dtype in dtypes})
         alarms = self._alarms.judge(step.number, step.metrics)
-        step.metrics[f"{mismatch.PREFIX}alarms"] = float(len(alarms))
+        step.metrics[f"{mismatch.PREFIX}alarms"] = float(self._alarms.holding)
         for alarm in alarms:
             tell(alarm.line(step.number))
         interval = self._settings.evidence_interval

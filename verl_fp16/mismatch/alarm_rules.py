@@ -77,13 +77,14 @@ class Alarm:
 
 _GAP = (
     "see in which tokens with `verl-fp16 tokens FILE`; compare the dtypes in the read-back table, early in the log; "
-    "measure with actor_rollout_ref.rollout.temperature=1 top_p=1 top_k=-1; algorithm.rollout_correction.rollout_is="
-    "token (TIS) or rollout_rs=seq_sum_k1 (MIS) bounds what the gap does to the loss"
+    "measure with actor_rollout_ref.rollout.temperature=1 actor_rollout_ref.rollout.top_p=1 "
+    "actor_rollout_ref.rollout.top_k=-1; algorithm.rollout_correction.rollout_is=token (TIS) bounds what the gap does "
+    "to the loss"
 )
 _ADVICE = {
     "prob_diff": f"a collapse looks like this before the reward falls: keep a checkpoint from before; {_GAP}",
-    "k3_growth": f"find what changed since then (weights, dtypes, sampling, another kernel); {_GAP}",
-    "k3_jump": f"find what changed in that step (weights, dtypes, sampling, another kernel); {_GAP}",
+    "k3_growth": f"find what changed over these steps (weights, dtypes, sampling, another kernel); {_GAP}",
+    "k3_jump": f"find what changed in the last steps (weights, dtypes, sampling, another kernel); {_GAP}",
     "slope": f"long responses lose most: lower data.max_response_length helps at once; {_GAP}",
     "nonfinite_rollout": (
         "the rollout's logits are not finite, as where activations pass 65,504 in float16: `verl-fp16 preflight "

@@ -32,6 +32,9 @@ class Alarms:
     A fault is told when its rule first holds. While it lasts, it is told again ``alarm_window`` steps later at the
     earliest; after :data:`QUIET_STEPS` steps in a row without it, at once when it comes back. Steps that do not log the
     metrics of a rule do not count for it. A resumed run begins anew.
+
+    Attributes:
+        holding: faults that the newest step has, told or not.
     """
 
     def __init__(self, settings: MismatchSettings) -> None:
@@ -40,6 +43,7 @@ class Alarms:
         ]
         self._again = settings.alarm_window
         self._told: dict[str, _Told] = {}
+        self.holding = 0
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """The alarms of a training step that are to be told.
@@ -49,12 +53,9 @@ class Alarms:
             metrics: what it logs; other metrics than those of the gap are passed over.
         """
         logged = Logged(metrics)
-        return [
-            alarm
-            for rule in self._rules
-            for fault, alarm in rule.judge(step, logged)
-            if self._is_news(fault, step, alarm is not None) and alarm
-        ]
+        verdicts = [verdict for rule in self._rules for verdict in rule.judge(step, logged)]
+        self.holding = sum(alarm is not None for _, alarm in verdicts)
+        return [alarm for fault, alarm in verdicts if self._is_news(fault, step, alarm is not None) and alarm]
 
     def _is_news(self, fault: str, step: int, holds: bool) -> bool:
         told = self._told.get(fault)

@@ -33,6 +33,7 @@ class Found:
     Args:
         file: the tokens.parquet.
         newest_of: the number of step folders of which the newest was taken; None where a step or a file was named.
+        others: those that were not taken, by age: the step, and whether it was written on an alarm.
         tokens: a dict of its columns for each token, the worst first.
         sequences: likewise from the sequences.parquet beside it; None where that cannot be read.
         facts: what the facts.json beside it says; empty where that cannot be read.
@@ -41,6 +42,7 @@ class Found:
 
     file: Path
     newest_of: int | None
+    others: list[tuple[int, bool]]
     tokens: list[dict[str, Any]]
     sequences: list[dict[str, Any]] | None
     facts: dict[str, Any]
@@ -54,7 +56,9 @@ def read(named: Path) -> Found:
         EvidenceError: there is none, or it cannot be read.
         ImportError: there is no pyarrow.
     """
-    file, newest_of = locate(named)
+    file, taken_from = locate(named)
+    newest_of = len(taken_from) if taken_from else None
+    others = [(step.step, step.alarm) for step in taken_from[:-1]]
     tokens = sorted(read_table(file, TOKENS), key=_order)
     sequences, facts, notes = None, {}, []
     try:
@@ -67,7 +71,7 @@ def read(named: Path) -> Found:
         notes.append(f"{file.with_name(FACTS)}: it is not there; of dtypes and alarms nothing is known")
     except (OSError, ValueError) as error:
         notes.append(f"{file.with_name(FACTS)}: it cannot be read ({_reason(error)})")
-    return Found(file, newest_of, tokens, sequences, facts, notes)
+    return Found(file, newest_of, others, tokens, sequences, facts, notes)
 
 
 def gap(token: dict[str, Any]) -> float:
@@ -80,22 +84,22 @@ def _order(token: dict[str, Any]) -> tuple[float, int, int, int]:
     return -gap(token), token["rank"], token["row"], token["position"]
 
 
-def locate(named: Path) -> tuple[Path, int | None]:
-    """The tokens.parquet that ``named`` means, and of how many step folders the newest was taken, if it was.
+def locate(named: Path) -> tuple[Path, list[StepFolder]]:
+    """The tokens.parquet that ``named`` means, and the step folders of which it is in the newest, the last; or none.
 
     Raises:
         EvidenceError: there is none.
     """
     if not stat.S_ISDIR(_status(named)):
-        return named, None
+        return named, []
     try:
         if (named / TOKENS).exists():
-            return named / TOKENS, None
+            return named / TOKENS, []
         if steps := _steps_under(named):
             newest = steps[-1].path
             if not (newest / TOKENS).exists():
                 raise EvidenceError(f"{newest}: there is no {TOKENS} in it. Name another step's folder")
-            return newest / TOKENS, len(steps)
+            return newest / TOKENS, steps
         if (named / FACTS).exists():
             raise EvidenceError(f"{named}: there is no {TOKENS} in it. Name another step's folder")
     except OSError as error:
