@@ -81,7 +81,7 @@ _GAP = (
     "actor_rollout_ref.rollout.top_k=-1; algorithm.rollout_correction.rollout_is=token (TIS) bounds what the gap does "
     "to the loss"
 )
-_ADVICE = {
+ADVICE = {
     "prob_diff": f"a collapse looks like this before the reward falls: keep a checkpoint from before; {_GAP}",
     "k3_growth": f"find what changed over these steps (weights, dtypes, sampling, another kernel); {_GAP}",
     "k3_jump": f"find what changed in the last steps (weights, dtypes, sampling, another kernel); {_GAP}",
@@ -149,7 +149,7 @@ class ProbDiff:
             yield "prob_diff", None
             return
         trend = f"{self._limit:g} or more in {often} of the last {len(self._last)} steps"
-        yield "prob_diff", Alarm("prob_diff", metric, value, trend, _ADVICE["prob_diff"])
+        yield "prob_diff", Alarm("prob_diff", metric, value, trend, ADVICE["prob_diff"])
 
 
 class K3:
@@ -171,7 +171,7 @@ class K3:
             prefix, (value,) = found
             trends = [(part.rule, part.trend(step, value)) for part in self._parts]
             alarms = [
-                Alarm(rule, f"{prefix}k3", value, trend, _ADVICE[rule]) for rule, trend in trends if trend is not None
+                Alarm(rule, f"{prefix}k3", value, trend, ADVICE[rule]) for rule, trend in trends if trend is not None
             ]
             yield "k3", alarms[0] if alarms else None
 
@@ -279,7 +279,7 @@ class Slope:
             yield "slope", None
             return
         trend = f"standard error {error:.2g}; beyond {self._limit:g} nats per 1,000 tokens in 3 steps in a row"
-        yield "slope", Alarm("slope", f"{prefix}slope_per_1k_tokens", slope, trend, _ADVICE["slope"])
+        yield "slope", Alarm("slope", f"{prefix}slope_per_1k_tokens", slope, trend, ADVICE["slope"])
 
 
 class NonFinite:
@@ -304,7 +304,7 @@ class NonFinite:
             others = logged.near(prefix, "tokens")
             beside = f", beside {others:,.0f} that are finite on both sides" if others is not None else ""
             trend = f"{number:,.0f} token{'s'[: number > 1]}{beside}"
-            yield name, Alarm("nonfinite", prefix + name, number, trend, _ADVICE[name])
+            yield name, Alarm("nonfinite", prefix + name, number, trend, ADVICE[name])
 
 
 class RunShare:
@@ -334,7 +334,7 @@ class RunShare:
             f"the share of responses with one token {self._length} times in a row or more; {self._limit:g} or more in "
             f"{sum(self._last)} of the last {len(self._last)} steps"
         )
-        yield "run_share", Alarm("run_share", metric, share, trend, _ADVICE["run_share"])
+        yield "run_share", Alarm("run_share", metric, share, trend, ADVICE["run_share"])
 
 
 Rule = ProbDiff | K3 | Slope | NonFinite | RunShare
