@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from engines import STRATEGIES, make_engine, mine, run_calls, state_of
+from engines import make_engine, mine, run_calls, state_of
 from ranks import on_ranks
 
 PREFIX = "mismatch_first_mini_batch/"
@@ -97,37 +97,39 @@ def with_a_bad_token(model: str, strategy: str, mode: str, bad: float, bypass: b
 BADS = (math.nan, math.inf, -math.inf)
 
 
-def calls(model: str, strategy: str) -> dict:
-    found = {"first": ("first_mini_batches", model, strategy)}
-    if strategy == "fsdp2":
-        for mode in ("vanilla", "bypass_mode"):
-            for bad in BADS:
-                found[f"{mode} {bad}"] = ("with_a_bad_token", model, strategy, mode, bad, True)
-        found["unguarded"] = ("with_a_bad_token", model, strategy, "vanilla", math.nan, False)
-    return found
+def bad_token_calls(model: str) -> dict:
+    cases = {
+        f"{mode} {bad}": ("with_a_bad_token", model, "fsdp2", mode, bad, True)
+        for mode in ("vanilla", "bypass_mode")
+        for bad in BADS
+    }
+    return cases | {"unguarded": ("with_a_bad_token", model, "fsdp2", "vanilla", math.nan, False)}
 
 
-@pytest.fixture(
-    scope="module", params=[(s, n) for s in STRATEGIES for n in (1, 2)], ids=lambda case: f"{case[0]}-{case[1]}"
-)
-def ranks(request, tiny_model, tmp_path_factory):
-    strategy, world_size = request.param
-    folder = tmp_path_factory.mktemp(f"bypass-{strategy}-{world_size}")
-    return on_ranks(world_size, run_calls, "test_bypass", calls(str(tiny_model), strategy), folder=folder), strategy
+@pytest.fixture(scope="module")
+def one_rank(tiny_model, tmp_path_factory) -> list[dict]:
+    calls = {"first": ("first_mini_batches", str(tiny_model), "fsdp2"), **bad_token_calls(str(tiny_model))}
+    return on_ranks(1, run_calls, "test_bypass", calls, folder=tmp_path_factory.mktemp("bypass-1"))
 
 
-def test_the_gap_of_the_first_mini_batch_is_logged_once_a_step_over_all_ranks(ranks):
+@pytest.fixture(scope="module")
+def two_ranks(tiny_model, tmp_path_factory) -> list[dict]:
+    calls = {"first": ("first_mini_batches", str(tiny_model), "fsdp")}
+    return on_ranks(2, run_calls, "test_bypass", calls, folder=tmp_path_factory.mktemp("bypass-2"))
+
+
+@pytest.mark.parametrize("ranks", ("one_rank", "two_ranks"))
+def test_the_gap_of_the_first_mini_batch_is_logged_once_a_step_over_all_ranks(ranks, request):
     from verl_fp16.mismatch.statistics import GapStatistics
 
-    answers, _ = ranks
-    results = [answer["first"] for answer in answers]
+    results = [answer["first"] for answer in request.getfixturevalue(ranks)]
     for number in (0, 2):
         whole = GapStatistics()
         for result in results:
             for rollout, training in zip(*result["expected"][number], strict=True):
                 whole.add(rollout[None], training[None], torch.ones(1, len(rollout)))
         expected = whole.scalars()
-        assert expected["nonfinite_rollout"] == len(answers)
+        assert expected["nonfinite_rollout"] == len(results)
         for result in results:
             logged = result["logged"][number]
             found = {name.removeprefix(PREFIX): value for name, value in logged.items() if name.startswith(PREFIX)}
@@ -137,12 +139,9 @@ def test_the_gap_of_the_first_mini_batch_is_logged_once_a_step_over_all_ranks(ra
         assert result["kept"] == 2, "of one training step only"
 
 
-def test_a_bad_rollout_token_is_left_out_of_the_loss(ranks):
-    answers, strategy = ranks
-    if strategy != "fsdp2":
-        pytest.skip("the loss does not know of the strategy")
-    for answer in answers:
-        for mode in ("vanilla", "bypass_mode"):
-            for bad in BADS:
-                assert answer[f"{mode} {bad}"] == {"moved": True, "finite": True}, (mode, bad)
-        assert answer["unguarded"]["moved"] is False, "the loss would be nan, and its update skipped"
+def test_a_bad_rollout_token_is_left_out_of_the_loss(one_rank):
+    (answer,) = one_rank
+    for mode in ("vanilla", "bypass_mode"):
+        for bad in BADS:
+            assert answer[f"{mode} {bad}"] == {"moved": True, "finite": True}, (mode, bad)
+    assert answer["unguarded"]["moved"] is False, "the loss would be nan, and its update skipped"
