@@ -49,7 +49,7 @@ class MismatchSettings:
     evidence_keep: int = 20
     alarm_prob_diff: float | None = 0.9
     alarm_k3_growth: float | None = 10.0
-    alarm_k3_jump: float | None = 3.0
+    alarm_k3_jump: float | None = 2.5
     alarm_window: int = 100
     alarm_slope: float | None = 0.5
     alarm_nonfinite: int | None = 1

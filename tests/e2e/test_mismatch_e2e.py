@@ -17,7 +17,7 @@ BYPASS = (
     "actor_rollout_ref.actor.policy_loss.loss_mode=bypass_mode",
     "+actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}",
 )
-FIRST = "mismatch_first_mini_batch/"
+FIRST = "mismatch_first_update/"
 
 
 def evidence_of(run: Run) -> dict[str, dict]:

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from engines import make_engine, mine, run_calls, state_of
+from engines import make_engine, mine, run_calls, same, state_of
 from ranks import on_ranks
 
-PREFIX = "mismatch_first_mini_batch/"
+PREFIX = "mismatch_first_update/"
 PROMPT = 3
 
 
@@ -82,16 +82,21 @@ def first_mini_batches(model: str, strategy: str) -> dict:
 
 
 def with_a_bad_token(model: str, strategy: str, mode: str, bad: float, bypass: bool) -> dict:
+    """Two tokens without a rollout log-probability, against the same tokens left out by hand."""
     import verl_fp16.required  # noqa: F401  as in every worker of a run with the flag
     from verl_fp16 import standalone
 
-    engine = make_bypassing_engine(model, strategy, bypass)
-    before, rollout = state_of(engine), [row.clone() for row in training_log_probs(engine)]
-    rollout[0][0] = rollout[-1][-1] = bad
-    standalone.train_step(engine, make_batch(rollout, last_of_step=True), loss=actor_loss(engine, mode))
-    after = state_of(engine)
-    moved = any(not torch.equal(a, b) for (_, a), (name, b) in zip(before, after, strict=False) if "weight" in name)
-    return {"moved": moved, "finite": all(torch.isfinite(t.float()).all().item() for _, t in after)}
+    states, moved = [], []
+    for masked in (False, True):
+        engine = make_bypassing_engine(model, strategy, bypass)
+        before, rollout = state_of(engine), [row.clone() for row in training_log_probs(engine)]
+        batch = make_batch(rollout, last_of_step=True)
+        values = batch["response_mask" if masked else "old_log_probs"].values()
+        values[0] = values[-1] = 0 if masked else bad
+        standalone.train_step(engine, batch, loss=actor_loss(engine, mode))
+        states.append(state_of(engine))
+        moved.append(not same([pair for pair in before], states[-1][: len(before)]))
+    return {"moved": moved, "as masked by hand": same(*states)}
 
 
 BADS = (math.nan, math.inf, -math.inf)
@@ -135,6 +140,8 @@ def test_the_gap_of_the_first_mini_batch_is_logged_once_a_step_over_all_ranks(ra
             found = {name.removeprefix(PREFIX): value for name, value in logged.items() if name.startswith(PREFIX)}
             assert found == {name: [pytest.approx(value, rel=1e-6, abs=1e-12)] for name, value in expected.items()}
     for result in results:
+        totals = [logged.get("mismatch/nonfinite_rollout") for logged in result["logged"]]
+        assert totals == [None, [2.0 * len(results)]] * 2, "of all mini-batches, on the last one"
         assert not [name for number in (1, 3) for name in result["logged"][number] if name.startswith(PREFIX)]
         assert result["kept"] == 2, "of one training step only"
 
@@ -143,5 +150,5 @@ def test_a_bad_rollout_token_is_left_out_of_the_loss(one_rank):
     (answer,) = one_rank
     for mode in ("vanilla", "bypass_mode"):
         for bad in BADS:
-            assert answer[f"{mode} {bad}"] == {"moved": True, "finite": True}, (mode, bad)
-    assert answer["unguarded"]["moved"] is False, "the loss would be nan, and its update skipped"
+            assert answer[f"{mode} {bad}"] == {"moved": [True, True], "as masked by hand": True}, (mode, bad)
+    assert answer["unguarded"]["moved"] == [False, True], "the loss would be nan, and its update skipped"

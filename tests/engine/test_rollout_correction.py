@@ -21,7 +21,7 @@ CORRECTIONS = {
         "rollout_rs_threshold": "0.99_1.01",
     },
 }
-BADS = ("nan", "inf", "-inf")
+BADS = ("nan", "inf", "-inf", "nan in training too")
 BAD_TOKENS = ((0, 0), (1, 3), (3, 0))  # the third sequence is empty, and the last has no other token
 
 
@@ -32,7 +32,9 @@ def make_batch(bad: str | None):
     rollout = training + 0.02 * torch.randn(mask.shape, generator=generator)
     if bad is not None:
         for place in BAD_TOKENS:
-            rollout[place] = float(bad)
+            rollout[place] = float(bad.partition(" ")[0])
+            if "too" in bad:
+                training[place] = math.nan
     return training, rollout, mask
 
 

@@ -37,8 +37,9 @@ def reference(rollout: np.ndarray, training: np.ndarray, mask: np.ndarray) -> di
     c = np.clip(d, -300, 300)
     r = np.exp(-c)
     p_mu = np.exp(np.minimum(mu[keep], 0))
-    p_pi = np.minimum(p_mu * r, 1)
-    gap = np.clip(p_mu * np.expm1(-c), -1, 1)
+    far = d < -300  # what the cut ratio would hide
+    p_pi = np.where(far, np.exp(np.minimum(pi[keep], 0)), np.minimum(p_mu * r, 1))
+    gap = np.where(far, p_pi - p_mu, np.clip(p_mu * np.expm1(-c), -1, 1))
     found |= {
         "k1": d.mean(),
         "k2": (d**2).mean() / 2,
@@ -207,6 +208,48 @@ def test_where_nothing_may_be_read_the_numbers_are_the_same(tokens):
         packed.add_packed(*(tensor.reshape(-1) for tensor in tokens), offsets)
     check(gap.scalars(), *tokens)
     check(packed.scalars(), *tokens)
+
+
+@pytest.mark.parametrize("reads", (True, False))
+def test_small_ratios_keep_their_digits_beside_padding(reads):
+    gap = GapStatistics()
+    gap._reads = reads
+    rollout, training, mask = torch.full((3, 1, 1000), -1.0).unbind(0)
+    training, mask = training.clone(), torch.zeros(1, 1000)
+    training[0, :2], mask[0, :2] = torch.tensor([-41.0, -46.0]), 1
+    gap.add(rollout, training, mask)
+    small, smaller = math.exp(-40), math.exp(-45)
+    expected = (small + smaller) ** 2 / (small**2 + smaller**2) / 2
+    assert gap.scalars()["token_ess"] == pytest.approx(expected, rel=1e-9)
+    assert gap.scalars()["token_mult_prob_error"] == pytest.approx((1 / small + 1 / smaller) / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("reads", (True, False))
+@pytest.mark.parametrize("rollout", (-1000.0, -9999.0))
+def test_a_token_that_only_training_finds_likely_has_its_whole_gap(reads, rollout):
+    gap = GapStatistics()
+    gap._reads = reads
+    gap.add(torch.tensor([[rollout, -0.5]]), torch.tensor([[-0.1, -0.5]]), torch.ones(1, 2))
+    found = gap.scalars()
+    assert found["prob_diff_max"] == found["prob_abs_diff_max"] == pytest.approx(math.exp(-0.1), rel=1e-6)
+    assert found["prob_diff_min"] == 0
+
+
+def test_what_is_too_large_to_be_squared_is_not_finite():
+    gap = GapStatistics()
+    gap.add(torch.tensor([[-1e120, -1.0]], dtype=torch.float64), torch.tensor([[-1.0, -1.0]]), torch.ones(1, 2))
+    gap.add(torch.tensor([[-1.0]]), torch.tensor([[-1e120]], dtype=torch.float64), torch.ones(1, 1))
+    found = gap.scalars()
+    assert (found["nonfinite_rollout"], found["nonfinite_training"], found["tokens"]) == (1, 1, 1)
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_tensors_of_a_graph_are_taken_without_it():
+    rows = [torch.full((1, 3), -1.0, requires_grad=True) for _ in range(2)]
+    gap = GapStatistics()
+    gap.add(*rows, torch.ones(1, 3))
+    gap.add_packed(*(row[0] for row in rows), torch.ones(3), torch.tensor([0, 3]))
+    assert gap.scalars()["tokens"] == 6 and not gap._sums.requires_grad
 
 
 def test_every_statistic_is_defined_and_compared():

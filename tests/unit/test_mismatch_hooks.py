@@ -25,6 +25,7 @@ GAP = "mismatch/log_prob_abs_diff_mean"
 @pytest.fixture(autouse=True)
 def nothing_seen(monkeypatch):
     monkeypatch.setattr(plugin, "flag_given", True)
+    monkeypatch.setattr(mismatch, "watched", True)
     mismatch.take_seen()
 
 
@@ -119,8 +120,8 @@ def test_a_step_without_a_gap_is_logged_as_it_is(tmp_path):
 
 
 def test_what_the_engine_measured_is_logged_without_the_role(tmp_path):
-    step = log_step(Trainer(tmp_path), **{"actor/mismatch_first_mini_batch/k3": 1e-6, "actor/loss": 1.0})
-    assert step.metrics["mismatch_first_mini_batch/k3"] == 1e-6 and step.metrics["actor/loss"] == 1.0
+    step = log_step(Trainer(tmp_path), **{"actor/mismatch_first_update/k3": 1e-6, "actor/loss": 1.0})
+    assert step.metrics["mismatch_first_update/k3"] == 1e-6 and step.metrics["actor/loss"] == 1.0
     assert not [name for name in step.metrics if name.startswith("actor/mismatch")]
 
 
@@ -168,18 +169,16 @@ def test_evidence_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path,
     for number in (1, 2):
         log_step(trainer, number, make_batch())
     told = capsys.readouterr()
-    assert (told.out + told.err).count("could not be written") == 1
+    assert (told.out + told.err).count("no evidence of the mismatch under") == 1
 
 
 def test_stuck_responses_are_counted_and_an_alarm(tmp_path, capsys):
     trainer = Trainer(tmp_path, alarm_run_tokens=4, evidence_interval=0)
     tokens = torch.tensor([[0, 0, 0, 0, 0], [1, 2, 3, 3, 3], [3, 3, 3, 3, 3]])
-    lengths = torch.tensor([5.0, 5.0, 2.0])
-    v1 = {"responses": tokens, "response_length": lengths, "response_mask": torch.zeros_like(tokens)}
-    within = (torch.arange(5) < lengths[:, None]).long()
-    v0 = {"responses": tokens, "attention_mask": torch.cat([torch.ones(3, 2).long(), within], dim=1)}
+    mask = (torch.arange(5) < torch.tensor([[5], [5], [2]])).long()  # the last row's run is of a tool
+    batch = {"responses": tokens, "response_mask": mask}
     counted = mismatch.remember_responses(lambda batch, use_critic=True: {"theirs": use_critic})
-    for number, batch in enumerate((v1, v0), 1):
+    for number in (1, 2):
         assert counted(SimpleNamespace(batch=batch), use_critic=False) == {"theirs": False}
         step = log_step(trainer, number)
         assert step.metrics["mismatch/repeating_rows_share"] == pytest.approx(1 / 3)
@@ -206,10 +205,51 @@ def test_in_bypass_mode_evidence_is_asked_of_the_ranks(tmp_path, monkeypatch):
     answers = [Answer(f"w{rank}", ("actor",), part) for rank, part in enumerate(parts)]
     monkeypatch.setattr(gather, "training_questions", lambda trainer: [])
     monkeypatch.setattr(gather, "ask", lambda questions, timeout_s: [*answers, Answer("w2", failure="it is gone")])
-    log_step(Trainer(tmp_path, evidence_interval=1), **{"actor/mismatch_first_mini_batch/k3": 1e-6})
+    log_step(Trainer(tmp_path, evidence_interval=1), **{"actor/mismatch_first_update/k3": 1e-6})
     (folder,) = (tmp_path / FOLDER).iterdir()
     assert json.loads((folder / "facts.json").read_text())["tokens_seen"] == 10
 
 
 def test_defaults_are_those_of_the_settings():
     assert gap_watch.read_settings(OmegaConf.create({"verl_fp16": {}})).mismatch == Settings().mismatch
+
+
+def test_a_step_with_several_updates_is_measured_as_a_whole(tmp_path):
+    """verl averages what its trainers log over the updates of such a step."""
+    trainer, bad = Trainer(tmp_path, evidence_interval=0), make_batch(bad=math.nan)
+    measure(bad)
+    step = StepRecord(1, {**measure(make_batch()), "mismatch/nonfinite_rollout": 0.5, "mismatch/tokens": 4.5}, trainer)
+    watch_gap(step)
+    assert (step.metrics["mismatch/nonfinite_rollout"], step.metrics["mismatch/tokens"]) == (1, 9)
+    assert step.metrics["mismatch/alarms"] == 1
+
+
+def test_nothing_is_held_where_nobody_takes_it(monkeypatch):
+    monkeypatch.setattr(mismatch, "watched", False)
+    assert GAP in measure(make_batch())
+    mismatch.remember_responses(lambda batch: {})(make_batch())
+    assert mismatch.take_seen() == mismatch.Seen()
+
+
+def test_a_tokenizer_that_raises_anything_ends_no_run(tmp_path, capsys):
+    trainer = Trainer(tmp_path, evidence_interval=1)
+
+    def decode(ids):
+        raise RuntimeError("no such token")
+
+    trainer.tokenizer.decode = decode
+    assert log_step(trainer, data=make_batch()).metrics["mismatch/tokens"] == 5
+    assert "RuntimeError: no such token" in capsys.readouterr().err
+
+
+def test_ids_of_another_number_of_samples_are_none():
+    data = make_batch()
+    data.non_tensor_batch["uid"] = ["only one"]
+    measure(data)
+    assert mismatch.take_seen().gap.ids is None
+
+
+def test_without_any_mask_all_tokens_count_as_in_verl():
+    data = make_batch()
+    del data.batch["response_mask"]
+    assert measure(data)["mismatch/tokens"] == 6

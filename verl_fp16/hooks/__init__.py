@@ -299,7 +299,7 @@ HOOKS: tuple[Hook, ...] = (
         target=Target("verl.workers.engine.base:BaseEngine.train_batch", ("data", "loss_function")),
         wrapper="verl_fp16.hooks.bypass:log_first_mini_batch",
         why="as mismatch.bypass_forward",
-        how="adds its statistics, merged over micro-batches and ranks, under mismatch_first_mini_batch/",
+        how="adds its statistics, merged over micro-batches and ranks, under mismatch_first_update/",
         until="as mismatch.bypass_forward",
     ),
     Hook(

@@ -15,7 +15,8 @@ from verl_fp16 import plugin
 from verl_fp16.hooks.engine import ends_training_step, settings_of
 from verl_fp16.mismatch.first_mini_batch import FirstMiniBatch
 
-FIRST_MINI_BATCH = "mismatch_first_mini_batch/"
+# Without "min" and "max" in it, by which verl would reduce what is logged.
+FIRST_MINI_BATCH = "mismatch_first_update/"
 
 
 def first_mini_batch_of(engine: Any) -> FirstMiniBatch | None:
@@ -30,10 +31,13 @@ def measure_first_mini_batch(original: Callable[..., Any]) -> Callable[..., Any]
     def forward_step(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
         result = original(self, micro_batch, loss_function, forward_only)
         first = first_mini_batch_of(self)
-        if first is not None and first.running and not forward_only:
-            log_probs = result[1]["model_output"].get("log_probs")
-            if log_probs is not None:  # a distillation may have none
-                first.take(*_rollout_and_training(micro_batch, log_probs))
+        if first is None or forward_only:
+            return result
+        log_probs = result[1]["model_output"].get("log_probs")
+        if not first.running:
+            first.count(*(_flat(micro_batch[name]) for name in ("old_log_probs", "response_mask")))
+        elif log_probs is not None:  # a distillation may have none
+            first.take(*_rollout_and_training(micro_batch, log_probs.detach()))
         return result
 
     return forward_step
@@ -48,6 +52,10 @@ def _rollout_and_training(micro_batch: Any, log_probs: torch.Tensor) -> tuple[to
     return parts["old_log_probs"], training, parts["response_mask"], parts["responses"]
 
 
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.values() if tensor.is_nested else tensor
+
+
 def log_first_mini_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     def train_batch(self: Any, data: Any, loss_function: Callable[..., Any]) -> Any:
         first = first_mini_batch_of(self)
@@ -55,9 +63,12 @@ def log_first_mini_batch(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, data, loss_function)
         first.begin()
         outputs = original(self, data, loss_function)
-        gap = first.end(ends_training_step(data), self.get_data_parallel_group())
+        last, group = ends_training_step(data), self.get_data_parallel_group()
+        gap = {FIRST_MINI_BATCH + name: value for name, value in first.end(last, group).items()}
+        if last:
+            gap["mismatch/nonfinite_rollout"] = first.take_nonfinite(group)
         if self.is_mp_src_rank_with_outputs():
-            outputs["metrics"].update({FIRST_MINI_BATCH + name: [value] for name, value in gap.items()})
+            outputs["metrics"].update({name: [value] for name, value in gap.items()})
         return outputs
 
     return train_batch

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from verl_fp16.hooks import mismatch
 from verl_fp16.hooks.bypass import FIRST_MINI_BATCH
@@ -48,6 +49,8 @@ class GapWatch:
         """Add to the metrics of ``step``, tell its alarms and do what the settings say, write its evidence."""
         began, seen = time.perf_counter(), mismatch.take_seen()
         _drop_role(step.metrics)
+        if seen.statistics is not None:  # verl averages over the updates of a step, where it has several
+            step.metrics.update(mismatch.named(seen.statistics))
         self._look_for_runs(step, seen.responses)
         if not any(name.startswith((mismatch.PREFIX, FIRST_MINI_BATCH)) for name in step.metrics):
             return
@@ -59,7 +62,10 @@ class GapWatch:
             tell(alarm.line(step.number))
         interval = self._settings.evidence_interval
         if alarms or interval and step.number % interval == 0:
-            self._write_evidence(step, seen.gap, alarms)
+            try:
+                self._write_evidence(step, seen.gap, alarms)
+            except Exception as error:  # noqa: BLE001  whatever a tokenizer or a full disk raises: training goes on
+                self._tell_once(f"no evidence of the mismatch under {self._folder}: {type(error).__name__}: {error}")
         step.metrics[f"{mismatch.PREFIX}seconds"] = seen.seconds + time.perf_counter() - began
         if alarms and self._settings.on_alarm in ("checkpoint", "stop"):
             step.save_checkpoint()
@@ -92,20 +98,16 @@ class GapWatch:
             "alarms": [alarm.line(step.number) for alarm in alarms],
             "scalars": {name: value for name, value in step.metrics.items() if name.startswith("mismatch")},
         }
-        try:
-            written = evidence_files.write(
-                self._folder,
-                step.number,
-                first.merge([evidence for evidence, _ in others]),
-                decode=step.trainer.tokenizer.decode,
-                curves=curves,
-                facts=facts,
-                keep=self._settings.evidence_keep,
-                alarm=bool(alarms),
-            )
-        except OSError as error:  # training does not depend on it
-            self._tell_once(f"evidence of the mismatch could not be written under {self._folder}: {error}")
-            return
+        written = evidence_files.write(
+            self._folder,
+            step.number,
+            first.merge([evidence for evidence, _ in others]),
+            decode=step.trainer.tokenizer.decode,
+            curves=curves,
+            facts=facts,
+            keep=self._settings.evidence_keep,
+            alarm=bool(alarms),
+        )
         if alarms:
             tell(f"the tokens of step {step.number} with the largest gap: verl-fp16 tokens {written}")
 
@@ -132,10 +134,11 @@ class GapWatch:
 
 def _drop_role(metrics: Any) -> None:
     """verl puts the role before what an engine logs; this is of both sides."""
-    for name in [name for name in metrics if name.startswith(f"actor/{FIRST_MINI_BATCH}")]:
+    ours = tuple(f"actor/{prefix}" for prefix in (FIRST_MINI_BATCH, mismatch.PREFIX))
+    for name in [name for name in metrics if name.startswith(ours)]:
         metrics[name.removeprefix("actor/")] = metrics.pop(name)
 
 
 def _folder_of(trainer: Any) -> Path | None:
-    folder = trainer.config.trainer.get("default_local_dir")
+    folder = OmegaConf.select(trainer.config, "trainer.default_local_dir")
     return Path(folder) / FOLDER if folder and "://" not in folder else None

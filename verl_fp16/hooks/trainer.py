@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from verl_fp16 import plugin
+from verl_fp16.hooks import mismatch
 from verl_fp16.hooks.driver import is_flag_given, read_settings
 from verl_fp16.hooks.gap_watch import watch_gap
 from verl_fp16.hooks.stuck_scale import stop_when_stuck
@@ -54,12 +55,15 @@ def _fitting(trainer: Any) -> Iterator[None]:
     audited_sync.read_back_done = True
     audited_sync.raise_deferred()
     _trainer = trainer
+    mismatch.watched = True
     for observer in _OBSERVERS:
         observe(observer)
     try:
         yield
     finally:
         _trainer, audited_sync.read_back_done = None, False
+        mismatch.watched = False
+        mismatch.take_seen()
         for observer in _OBSERVERS:
             forget(observer)
 

@@ -12,15 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from numbers import Real
 from statistics import median
 
 from verl_fp16.mismatch_settings import MismatchSettings
 
-PREFIXES = ("mismatch/", "mismatch_first_mini_batch/")
+PREFIXES = ("mismatch/", "mismatch_first_update/")
 """Under which the statistics are logged: of the whole batch, or in bypass mode of the first mini-batch's update."""
 
 NEWEST = 3
-"""Steps whose median is the k3 of now: one outlier is never it, and a lasting fault is after two steps."""
+"""Steps whose least k3 is that of now: two outliers in a row are never it, and a lasting fault is after three steps."""
 
 FEWEST = 4
 """Steps that make a level of k3 from which it can grow."""
@@ -29,9 +30,9 @@ K3_FLOOR = 1e-6
 """Nats: growth is counted from here where k3 was smaller. Published FP16 runs lie flat at 1e-6 to 1e-5 (fig); with a
 growth of 10, no run below 1e-5 is alarmed, whatever its k3 was while it had few tokens or little entropy."""
 
-JUMP_ERRORS = 7.0
-"""Standard errors that log k3 has to jump by. That many, because the error comes from 20 steps itself: of 60 simulated
-runs of 1,000 steps each, none had an alarm at a spread of up to 0.5, two at 0.7, three at 1."""
+JUMP_ERRORS = 5.0
+"""Standard errors that log k3 has to jump by: of 60 simulated runs of 1,000 steps, none had an alarm where k3 varied
+log-normally by 0.15, 0.3, 0.5, 0.7 or 1; one had, where at 0.3 every 33rd step was an outlier of 20 times."""
 
 USUAL_SPREAD = 0.25
 """What log k3 varies by from step to step: 0.15 to 0.3 on a CPU, in steps of 250 to 400 tokens."""
@@ -122,7 +123,7 @@ class Logged:
 
     def _number(self, name: str) -> float | None:
         value = self._metrics.get(name)
-        return float(value) if value is not None and math.isfinite(value) else None
+        return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 class ProbDiff:
@@ -179,9 +180,9 @@ class K3:
 class K3Growth:
     """k3 has grown within the window.
 
-    Holds where the median of the newest 3 steps is more than ``alarm_k3_growth`` times the median of the window's
-    oldest fifth (4 steps at least), or :data:`K3_FLOOR` where that is larger. Medians, because k3 varies: by a
-    log-normal sigma of 0.3 in steps of 400 tokens on a CPU. At 0.5, a factor of 10 is 5 standard deviations away.
+    Holds where each of the newest 3 steps is more than ``alarm_k3_growth`` times the median of the window's oldest
+    fifth (4 steps at least), or :data:`K3_FLOOR` where that is larger: k3 varies, by a log-normal sigma of 0.3 in steps
+    of 400 tokens on a CPU.
 
     The default of 10 is half of the way, in logarithms, between published FP16 and BF16 (1e-5 and 1e-3, fig); of a pair
     in which only one side is FP16, |d| is about 6 times that of FP16 (a public measurement), and k3 about 40 times.
@@ -202,22 +203,22 @@ class K3Growth:
         if before < FEWEST:
             return None
         oldest = median(k3 for _, k3 in islice(self._window, min(self._oldest, before)))
-        newest = median(k3 for _, k3 in islice(self._window, before, None))
+        newest = min(k3 for _, k3 in islice(self._window, before, None))
         if newest <= self._limit * max(oldest, K3_FLOOR):
             return None
-        return f"{oldest:.2g} -> {newest:.2g} over {step - self._window[0][0]} steps, medians"
+        return f"{oldest:.2g} -> {newest:.2g} over {step - self._window[0][0]} steps"
 
 
 class K3Jump:
     """k3 has jumped, beyond what it varies by, as where one side computes something else from a step on.
 
-    Holds where the median of the newest 3 steps is more than ``alarm_k3_jump`` times that of the 20 steps before them
+    Holds where each of the newest 3 steps is more than ``alarm_k3_jump`` times the median of the 20 steps before them
     (4 at least), or :data:`K3_FLOOR` where that is larger; and, in logarithms, :data:`JUMP_ERRORS` standard errors
     above it. The error is that of two medians, from how k3 varied from step to step in those 20, and from
     :data:`USUAL_SPREAD` with the weight of 5 steps, since a few steps may be alike by chance.
 
-    The default of 3 is ours: on a CPU, one of two layers rounded to BF16 in the rollout was a factor of 4, where k3
-    varied by 0.15. Where it varies by 0.5, a jump has to be one of 12.
+    The default of 2.5 is ours: on a CPU, one of two layers rounded to BF16 in the rollout was a factor of 4, where k3
+    varied by 0.15. Where it varies by 0.5, a jump has to be one of 6.
     """
 
     rule = "k3_jump"
@@ -232,20 +233,24 @@ class K3Jump:
         before = list(islice(self._window, max(0, len(self._window) - NEWEST)))
         if len(before) < FEWEST:
             return None
-        usual, newest = median(before), median(islice(self._window, len(before), None))
+        usual, newest = median(before), min(islice(self._window, len(before), None))
         jump = math.log(max(newest, K3_FLOOR) / max(usual, K3_FLOOR))
         if jump <= max(math.log(self._limit), JUMP_ERRORS * _error_of_medians(before)):
             return None
-        return f"{usual:.2g} -> {newest:.2g}, medians of {len(before)} steps and of the newest {NEWEST}"
+        return f"{usual:.2g} -> {newest:.2g}, the median of {len(before)} steps and the least of the newest {NEWEST}"
 
 
 def _error_of_medians(before: list[float]) -> float:
-    """Standard error of log(median of the newest / median of ``before``), for values that vary as ``before`` do."""
+    """Standard error of log(median of the newest / median of ``before``), for values that vary as ``before`` do.
+
+    For the least of the newest it is on the safe side.
+    """
     # Lower than the floor, or those that vary around it would seem to vary less.
     logs = [math.log(max(k3, 1e-3 * K3_FLOOR)) for k3 in before]
-    changes = [abs(b - a) for a, b in pairwise(logs)]  # not around a mean, which a slow drift would widen
-    spread = 1.4826 * median(changes) / math.sqrt(2)
+    changes = sorted(abs(b - a) for a, b in pairwise(logs))  # not around a mean, which a slow drift would widen
     count = len(changes)
+    # Of normal values, half of the changes tell what nine tenths of them tell; outliers are among the latter only.
+    spread = max(1.4826 * median(changes), changes[math.ceil(0.9 * count) - 1] / 1.645) / math.sqrt(2)
     spread = math.sqrt((count * spread**2 + 5 * USUAL_SPREAD**2) / (count + 5))
     # The median of n normal values has a variance of pi / 2n of theirs.
     return spread * math.sqrt(math.pi / 2 * (1 / len(before) + 1 / NEWEST))

@@ -4,7 +4,7 @@ mu is the rollout policy, pi the training policy; of a token that mu sampled, ``
 ``r = pi / mu = exp(-d)``. A token counts where the response mask has it and both of its log-probabilities are finite;
 means are over the tokens that count. A sequence is a row with at least one of them, ``L`` is their number and
 ``s = sum(log pi - log mu)`` over them. Wherever ``r`` or ``exp(s)`` is needed, ``d`` and ``s`` are cut to [-300, 300],
-so that no single token makes a mean infinite; probabilities are cut to 1.
+so that no single token makes a mean infinite. Probabilities are not: they are cut to 1 only.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ STATISTICS = (
     ),
     Statistic("tokens", "tokens that count", "", lambda t: t["tokens"]),
     Statistic("sequences", "rows with a token that counts", "", lambda t: t["sequences"]),
-    Statistic("empty_rows", "rows without one", "", lambda t: t["rows"] - t["sequences"]),
+    Statistic("empty_rows", "rows without one, verl's padding rows too", "", lambda t: t["rows"] - t["sequences"]),
     Statistic(
         "nonfinite_rollout", "tokens of the mask with a log mu that is not finite", "", lambda t: t["bad_rollout"]
     ),

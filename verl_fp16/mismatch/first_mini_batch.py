@@ -17,7 +17,7 @@ from verl_fp16.ranks import rank_and_world_size
 
 
 class FirstMiniBatch:
-    """Measures the first mini-batch of each training step on one rank.
+    """Measures the first mini-batch of each training step on one rank, and counts what is not finite in all of them.
 
     Attributes:
         measured: its micro-batches, kept until the next training step's first one begins.
@@ -28,6 +28,7 @@ class FirstMiniBatch:
         self.running = False
         self._next_is_first = True
         self._whole = GapStatistics()
+        self._nonfinite: list[torch.Tensor] = []
 
     def begin(self) -> None:
         """A mini-batch begins."""
@@ -38,6 +39,11 @@ class FirstMiniBatch:
     def take(self, rollout: torch.Tensor, training: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> None:
         """Take in a micro-batch of the first mini-batch; all of shape (sequences, positions), on one device."""
         self.measured.append(MeasuredGap.of(rollout, training, mask, tokens))
+        self.count(rollout, mask)
+
+    def count(self, rollout: torch.Tensor, mask: torch.Tensor) -> None:
+        """Count the tokens of a micro-batch whose log mu is not finite; both of one shape, on one device."""
+        self._nonfinite.append(((mask != 0) & ~torch.isfinite(rollout)).sum())
 
     def end(self, last: bool, group: Any = None) -> dict[str, float]:
         """The mini-batch has ended.
@@ -54,6 +60,17 @@ class FirstMiniBatch:
             return {}
         self._whole = self._merged(group)
         return self._whole.scalars()
+
+    def take_nonfinite(self, group: Any = None) -> float:
+        """How many were counted since the last call, over all ranks, each of which has to call this."""
+        counted, self._nonfinite = self._nonfinite, []
+        if not counted:
+            return 0.0
+        device = self.measured[0].rollout.device if self.measured else counted[0].device
+        total = torch.stack([number.to(device) for number in counted]).sum()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total, group=group)
+        return float(total)
 
     def evidence(self, max_tokens: int, max_sequences: int) -> tuple[Evidence, Curves]:
         """The worst tokens and the sequences of this rank, and the curves over all ranks; waits for the device."""

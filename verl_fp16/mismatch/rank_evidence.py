@@ -16,6 +16,7 @@ def first_mini_batch_evidence(worker: Any, max_tokens: int, max_sequences: int) 
     """
     for _, engine in engines_of(worker):
         first = getattr(engine, "_verl_fp16_first_mini_batch", None)
-        if first is not None and first.measured:
+        # Of ranks that share their sequences (Ulysses), one speaks.
+        if first is not None and first.measured and engine.is_mp_src_rank_with_outputs():
             return first.evidence(max_tokens, max_sequences)
     return None

@@ -24,7 +24,7 @@ _DEVICE_CHUNK = 2**22
 _CURVE_BINS = 8 * 32  # of positions and lengths: eight to an octave, up to 2^32
 
 _SUMS = (
-    *("masked", "tokens", "rows", "sequences", "bad_rollout", "bad_training"),
+    *("tokens", "rows", "sequences", "bad_rollout", "bad_training"),
     *("d", "abs", "square", "k3", "ratio", "ratio_square", "multiplied", "js", "outside"),
     *("mu", "pi", "mu_square", "pi_square", "mu_pi", "prob_abs"),
     *("length", "length_square", "s", "s_square", "s_length", "weight", "weight_square"),
@@ -82,6 +82,7 @@ class GapStatistics:
         self._add_rows(rows)
         return rows
 
+    @torch.no_grad()
     def add_packed(
         self, rollout: torch.Tensor, training: torch.Tensor, mask: torch.Tensor, offsets: torch.Tensor
     ) -> Rows:
@@ -194,7 +195,6 @@ class GapStatistics:
         if rollout.dtype == torch.float64 or training.dtype == torch.float64:
             keep &= (mu.abs() <= LARGEST) & (pi.abs() <= LARGEST)
         masked, kept = mask.sum(), keep.sum()
-        self._add("masked", masked)
         self._add("tokens", kept)
         if not self._reads or masked != kept:
             self._add("bad_rollout", (mask & ~(mu.abs() <= LARGEST)).sum())
@@ -205,16 +205,17 @@ class GapStatistics:
         return d, keep
 
     def _add_tokens(self, d: torch.Tensor, rollout: torch.Tensor, keep: torch.Tensor) -> None:
-        """Sums over tokens. A CPU picks those that count; elsewhere the others add what is known, and is taken off."""
+        """Sums over tokens. A CPU picks those that count; elsewhere the others add 0, or what is taken off again."""
         if self._reads:
-            d, mu, others = d[keep], rollout[keep].double(), 0
+            d, log_mu, others = d[keep], rollout[keep].double(), 0
         else:
             d, left_out = d.reshape(-1), ~keep.reshape(-1)
-            mu = rollout.reshape(-1).double().masked_fill(left_out, -math.inf)
+            log_mu = rollout.reshape(-1).double().masked_fill(left_out, -math.inf)
             others = left_out.sum()
         if not len(d):
             return
         magnitude = d.abs()
+        largest = magnitude.amax()
         cut = d.clamp(-CUT, CUT)
         # exp(|d|) - 1 has all of its digits, whatever |d| is; so have the ratio and the ratio - 1, made of it.
         growth = torch.expm1(cut.abs())
@@ -222,16 +223,22 @@ class GapStatistics:
         larger = cut < 0
         ratio = torch.where(larger, multiplied, multiplied.reciprocal())
         excess = torch.where(larger, growth, -growth * ratio)
-        mu = mu.clamp_(max=0).exp_()
+        mu = log_mu.clamp(max=0).exp_()
         pi = (mu * ratio).clamp_(max=1)
         gap = (mu * excess).clamp_(-1, 1)
+        if not self._reads or largest > CUT:
+            far = d < -CUT  # there mu times the cut ratio is not pi
+            pi = torch.where(far, (log_mu - d).clamp_(max=0).exp_(), pi)
+            gap = torch.where(far, pi - mu, gap)
+        if not self._reads:
+            ratio, multiplied = ratio.masked_fill_(left_out, 0.0), multiplied.masked_fill_(left_out, 0.0)
         self._add("d", d.sum())
         self._add("abs", magnitude.sum())
         self._add("square", d.dot(d))
         self._add("k3", (excess + cut).sum())
-        self._add("ratio", ratio.sum() - others)
-        self._add("ratio_square", ratio.dot(ratio) - others)
-        self._add("multiplied", multiplied.sum() - others)
+        self._add("ratio", ratio.sum())
+        self._add("ratio_square", ratio.dot(ratio))
+        self._add("multiplied", multiplied.sum())
         self._add("js", torch.log1p(excess * 0.5).sum() + 0.5 * cut.sum())
         self._add("outside", (excess.abs() > 0.1).sum())
         self._add("mu", mu.sum())
@@ -242,7 +249,7 @@ class GapStatistics:
         self._add("prob_abs", gap.abs().sum())
         self._histogram += count_magnitudes(magnitude, self._reads)
         self._histogram[0] -= others
-        self._raise("abs", magnitude.amax())
+        self._raise("abs", largest)
         if self._reads:
             low, high = torch.aminmax(gap)
         else:
