@@ -7,6 +7,7 @@ python scripts/mismatch_page.py [--check]
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -154,7 +155,31 @@ def _cell(value: float | None, clean: float | None, is_clean: bool) -> str:
     return text if is_clean or same else f"**{text}**"
 
 
-TABLES = {"statistics": statistics_table, "faults": faults_table}
+def cost_table() -> str:
+    """What the statistics cost, from ``mismatch-metrics-cpu.json``."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "mismatch-metrics-cpu.json").read_text())
+    time, memory = result["time"], result["memory"]
+    low, high = time["ratio_quartiles"]
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "verl"))
+    lines = ["| | time, s | extra memory, MB |", "|---|---|---|"]
+    for side, name in (("ours", "this package, all statistics"), ("verl", "verl's two functions")):
+        lines.append(f"| {name} | {time['seconds'][side]:.2f} | {memory[side]['extra_bytes'] / 1e6:.0f} |")
+    sizes = ", ".join(
+        f"{row['tokens'] / 2**20:.0f} M tokens {row['seconds']:.2f} s and {row['extra_bytes'] / 1e6:.0f} MB"
+        for row in result["sizes"]
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Ratio {time['ratio']:.2f} [quartiles {low:.2f}, {high:.2f}], of noise {time['ratio_of_noise']:.2f}; "
+            f"{time['pairs']} pairs, {result['rows']} x {result['positions']} float32, ragged, {time['tokens']:,} "
+            f"tokens. By size, without padding: {sizes}. {result['date']}, {result['machine']}; {versions}.",
+        ]
+    )
+
+
+TABLES = {"statistics": statistics_table, "faults": faults_table, "cost": cost_table}
 
 
 def render(text: str) -> str:
@@ -163,7 +188,8 @@ def render(text: str) -> str:
         block = re.compile(f"{begin}.*?{end}", re.DOTALL)
         if not block.search(text):
             raise ValueError(f"docs/mismatch.md has no block {begin} ... {end}")
-        text = block.sub(lambda _, content=f"{begin}\n{table()}\n{end}": content, text)
+        content = f"{begin}\n{table()}\n{end}"
+        text = block.sub(lambda _, content=content: content, text)
     return text
 
 
