@@ -34,10 +34,12 @@ def measure_first_mini_batch(original: Callable[..., Any]) -> Callable[..., Any]
         if first is None or forward_only:
             return result
         log_probs = result[1]["model_output"].get("log_probs")
-        if not first.running:
-            first.count(*(_flat(micro_batch[name]) for name in ("old_log_probs", "response_mask")))
-        elif log_probs is not None:  # a distillation may have none
+        if log_probs is None:  # of a distillation, which may have no old ones either
+            return result
+        if first.running:
             first.take(*_rollout_and_training(micro_batch, log_probs.detach()))
+        else:
+            first.count(*(_flat(micro_batch[name]) for name in ("old_log_probs", "response_mask")))
         return result
 
     return forward_step
