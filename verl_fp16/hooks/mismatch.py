@@ -112,9 +112,11 @@ def leave_out_of_correction(original: Callable[..., tuple]) -> Callable[..., tup
     signature = inspect.signature(original)
 
     def compute_rollout_correction_and_rejection_mask(*args: Any, **kwargs: Any) -> tuple:
+        if not plugin.flag_given:
+            return original(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         rollout, mask = given["rollout_log_prob"], given["response_mask"]
-        if not plugin.flag_given or torch.isfinite(rollout).all():
+        if torch.isfinite(rollout).all():
             return original(*args, **kwargs)
         finite = torch.isfinite(rollout)
         left = mask * finite
