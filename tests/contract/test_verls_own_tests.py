@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -86,6 +87,8 @@ def run_both(files: tuple[str, ...], folder: Path, timeout: float) -> tuple[Run,
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        # Some take a fixed port, which the other run's may be listening on.
+        environment["MASTER_PORT"] = str(_free_port())
         if what == "plain":
             environment["VERL_USE_EXTERNAL_PLUGINS"] = "none"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "probe"]
@@ -105,6 +108,12 @@ def run_both(files: tuple[str, ...], folder: Path, timeout: float) -> tuple[Run,
             _end_session(child)
             log.close()
     return read(folder / "plain"), read(folder / "installed")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _end_session(child: subprocess.Popen) -> None:
