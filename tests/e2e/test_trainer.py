@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from held import check_rollout_holds_masters, train_with_dumps
 from releases import PATCHED
 from shared_memory import left_shared_memory
 from trainer import Run, train
+
+from verl_fp16.quickstart.report import StepMetrics
 
 TWO_RANKS = ("trainer.n_gpus_per_node=2", "actor_rollout_ref.actor.use_kl_loss=true")
 CRITIC = ("algorithm.adv_estimator=gae", "critic.ppo_micro_batch_size_per_gpu=8", "critic.optim.lr=1e-4")
@@ -139,10 +142,12 @@ def test_resumed_from_the_checkpoint_an_observer_saves_and_stops(two_ranks, tiny
         steps=6,
         **with_observer("3,4", stop_at=4),
     )
-    kept, mark = run.metrics[:3], run.metrics[3]
-    assert [(entry.step, entry.data) for entry in kept] == [(entry.step, entry.data) for entry in two_ranks.metrics]
-    assert (mark.step, mark.data) == (2, {"verl_fp16/resumed_from_step": 2})
-    run = replace(run, metrics=run.metrics[4:])
+    kept = (two_ranks.folder / "metrics-2.jsonl").read_bytes().splitlines()
+    lines = log.read_bytes().splitlines()
+    assert lines[: len(kept)] == kept
+    mark, *anew = map(json.loads, lines[len(kept) :])
+    assert mark == {"step": 2, "data": {"verl_fp16/resumed_from_step": 2}}
+    run = replace(run, metrics=[StepMetrics(**entry) for entry in anew])
     check_stopped_by_observer(run, step=4)
     assert [entry.step for entry in run.metrics] == [2, 3, 4], "the validation; steps 1 and 2 are not repeated"
     for number in (3, 4):
