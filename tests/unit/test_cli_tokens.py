@@ -66,8 +66,9 @@ def test_what_is_printed_where_stdout_is_no_terminal(tmp_path):
     lines = [line for line in result.stdout.splitlines() if "\t" not in line]
     assert lines == [
         f"{path}/tokens.parquet: step 7",
-        "gap: log pi - log mu in nats, mu of the rollout, pi of the training; position: of the length",
-        "of 3 tokens in the file 0% are the first of their response, 0% the last; median position 11, "
+        "gap: log pi - log mu in nats, mu of the rollout, pi of the training; position: from 0 on, of the response's "
+        "length",
+        "of 3 tokens in the file 0% are the first of their response, 0% the last (by chance 3%); median position 11, "
         "median length 39; 1 have a log-probability that is not finite",
         "3 sequences, mean log-ratio -0.5 nats",
         "dtypes: training bfloat16, rollout float16",
@@ -78,7 +79,8 @@ def test_what_is_printed_where_stdout_is_no_terminal(tmp_path):
 def test_shares_of_first_and_last_tokens_and_the_size_of_the_sample(tmp_path):
     worst = [token(0, before=[], after=[]), token(1, after=[]), token(2, after=[]), token(3)]
     told = tokens(written(tmp_path, of=evidence(*worst, sequences=3, seen=2048))).stdout
-    assert "of 4 tokens in the file 25% are the first of their response, 75% the last; median position 11.5" in told
+    assert "of 4 tokens in the file 25% are the first of their response, 75% the last (by chance 3%); median" in told
+    assert "median position 11.5, median length 38.5" in told
     assert "3 sequences of 2,048, mean log-ratio -0.5 nats" in told
 
 
@@ -98,7 +100,7 @@ def test_top_and_sort(options, numbers, tmp_path):
     result = tokens(path, *options)
     assert [int(row["#"]) for row in table(result)] == numbers
     assert [int(row["sample"].removeprefix("sample-")) + 1 for row in table(result)] == numbers
-    assert (f"; shown are {len(numbers)}, --top shows more" in result.stdout) == (len(numbers) < 30)
+    assert (f"; {len(numbers)} of 30 are shown, --top shows more" in result.stdout) == (len(numbers) < 30)
     found = json.loads(tokens(path, *options, "--json").stdout)
     assert [row["number"] for row in found["tokens"]] == numbers
 
@@ -122,6 +124,7 @@ def test_json_has_everything(tmp_path):
     }
     assert found["summary"] == {
         **{"tokens": 2, "not_finite": 1, "first_share": 0.0, "last_share": 0.0},
+        "chance": pytest.approx((1 / 40 + 1 / 39) / 2),
         **{"median_position": 10.5, "median_length": 39.5, "sequences": 3, "mean_log_ratio": -0.5},
     }
 
