@@ -1,0 +1,131 @@
+"""What was counted so far, on disk: one line a question, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from verl_fp16.sanity_set.errors import SanitySetError
+
+_PIECE = 2**20
+
+
+class Counted(NamedTuple):
+    """One question's answers.
+
+    Args:
+        row: its number in the data.
+        answers: how many were sampled.
+        correct: how many of them were right.
+        cut: how many ended at the longest length, not by themselves.
+    """
+
+    row: int
+    answers: int
+    correct: int
+    cut: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.answers
+
+
+class Progress:
+    """The questions that were counted, in a file that grows by a line each.
+
+    Args:
+        file: where.
+        made_of: everything that decides the answers; a file that was made of something else is refused.
+
+    Raises:
+        SanitySetError: the file is of another run, or cannot be read or written.
+    """
+
+    def __init__(self, file: Path, made_of: Mapping[str, Any]) -> None:
+        self.file = file
+        self.counted: dict[int, Counted] = {}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            whole = self._read(dict(made_of)) if file.exists() else 0
+            # A line that a crash left half written is written anew.
+            self._log = open(file, "r+b" if whole else "w+b")
+            self._log.truncate(whole)
+            self._log.seek(whole)
+            if not whole:
+                self._append({"made_of": dict(made_of)})
+        except OSError as error:
+            raise SanitySetError(f"{file}: it cannot be written ({error.strerror})") from None
+
+    def _read(self, made_of: dict[str, Any]) -> int:
+        """Take in what is there; returns the length of its whole lines, 0 where there is none."""
+        whole = 0
+        with open(self.file, "rb") as log:
+            for number, line in enumerate(log):
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    entry = None
+                if not isinstance(entry, dict):
+                    break
+                if number == 0:
+                    self._check(entry.get("made_of"), made_of)
+                else:
+                    counted = Counted(**entry)
+                    self.counted[counted.row] = counted
+                whole += len(line)
+        return whole
+
+    def _check(self, there: Any, made_of: dict[str, Any]) -> None:
+        if not isinstance(there, dict):
+            raise SanitySetError(f"{self.file}: this is no progress of a sanity set. Name another --output")
+        other = [name for name in made_of if there.get(name) != made_of[name]]
+        if other:
+            told = ", ".join(f"{name} was {there.get(name)!r} and is {made_of[name]!r}" for name in other)
+            raise SanitySetError(
+                f"{self.file} was begun with something else ({told}). Go on with what it was begun with, name another "
+                "--output, or begin anew with --restart"
+            )
+
+    def add(self, counted: Counted) -> None:
+        """Keep one question's counts, also over a crash of the machine's processes.
+
+        Raises:
+            SanitySetError: the disk is full; what was written before stays.
+        """
+        try:
+            self._append(counted._asdict())
+        except OSError as error:
+            raise SanitySetError(f"{self.file}: it cannot be written ({error.strerror})") from None
+        self.counted[counted.row] = counted
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._log.write(json.dumps(entry).encode() + b"\n")
+        self._log.flush()
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def digest(file: Path) -> str:
+    """Of a file's bytes, for ``made_of``."""
+    found = hashlib.blake2b(digest_size=8)
+    with open(file, "rb") as opened:
+        while piece := opened.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def digest_of_model(folder: Path) -> str:
+    """Of a model's configuration and the names, sizes and times of its weights: to read them all would take too long."""
+    found = hashlib.blake2b(digest_size=8)
+    for file in sorted(folder.iterdir()):
+        status = os.stat(file)
+        if file.suffix == ".json":
+            found.update(file.read_bytes())
+        elif file.is_file():
+            found.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return found.hexdigest()
