@@ -164,8 +164,9 @@ def _requests(sampler: Sampler, rows: Iterator[Question], seed: int, skip_long: 
             if skip_long:
                 continue
             raise SanitySetError(
-                f"row {question.row}: a prompt of {len(tokens):,} tokens and an answer are {-room:,} tokens longer than the "
-                f"model's {sampler.max_model_len:,}. Set a shorter --max-tokens, or pass over such rows with --skip-long"
+                f"row {question.row}: a prompt of {len(tokens):,} tokens and an answer are {-room:,} tokens longer "
+                f"than the model's {sampler.max_model_len:,}. Set a shorter --max-tokens, or pass over such rows with "
+                "--skip-long"
             )
         yield Request(question, tokens, (seed * 2**32 + question.row) * _SEEDS_OF_A_QUESTION % 2**63)
 

@@ -120,7 +120,7 @@ def digest(file: Path) -> str:
 
 
 def digest_of_model(folder: Path) -> str:
-    """Of a model's configuration and the names, sizes and times of its weights: to read them all would take too long."""
+    """Of a model's configuration, and the names, sizes and times of its weights, which would take long to read."""
     found = hashlib.blake2b(digest_size=8)
     for file in sorted(folder.iterdir()):
         status = os.stat(file)

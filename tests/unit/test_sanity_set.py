@@ -1,0 +1,226 @@
+"""The sanity set's parts: questions and their errors, the reward, progress over interruptions, what stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from verl_fp16.sanity_set import progress, questions, reward, selection
+from verl_fp16.sanity_set.errors import SanitySetError
+from verl_fp16.sanity_set.progress import Counted, Progress
+
+ROW = {
+    "data_source": "sums",
+    "prompt": [{"role": "user", "content": "1+1="}],
+    "ability": "arithmetic",
+    "reward_model": {"style": "rule", "ground_truth": "2"},
+    "extra_info": {"index": 7},
+}
+
+
+def json_lines(folder: Path, *rows) -> Path:
+    file = folder / "data.jsonl"
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+def parquet(folder: Path, rows: list[dict]) -> Path:
+    file = folder / "data.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+@pytest.mark.parametrize("write", (lambda folder: json_lines(folder, ROW, "", ROW), lambda f: parquet(f, [ROW, ROW])))
+def test_questions_are_read_from_either_format(tmp_path, write):
+    file = write(tmp_path)
+    first, second = questions.read(file)
+    assert (first.row, second.row, first.ground_truth, first.extra_info) == (0, 1, "2", {"index": 7})
+    assert first.messages == ROW["prompt"] and questions.count(file) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    (
+        ([], "the file is empty"),
+        ([""], "there is no row in it"),
+        (["{"], "line 1: this is no JSON"),
+        (["3"], "line 1: this is no JSON object"),
+        ([ROW, {k: v for k, v in ROW.items() if k != "prompt"}], "line 2: there is no column prompt. verl's data has"),
+        ([{**ROW, "prompt": "1+1="}], "row 0: prompt has to be a list of messages"),
+        ([{**ROW, "prompt": []}], "row 0: prompt has to be a list of messages"),
+        ([{**ROW, "reward_model": {}}], "row 0: reward_model has no ground_truth"),
+    ),
+)
+def test_what_is_no_question_is_named(tmp_path, rows, message):
+    with pytest.raises(SanitySetError, match=message):
+        list(questions.read(json_lines(tmp_path, *rows)))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(SanitySetError, match="there is no such file"):
+        list(questions.read(tmp_path / "none.parquet"))
+    with pytest.raises(SanitySetError, match="this is a folder"):
+        list(questions.read(tmp_path))
+    with pytest.raises(SanitySetError, match="there is no column reward_model"):
+        list(questions.read(parquet(tmp_path, [{k: v for k, v in ROW.items() if k != "reward_model"}])))
+
+
+REWARD = """
+def right(data_source, solution_str, ground_truth, extra_info=None):
+    return float(solution_str == ground_truth)
+
+def mapping(**kwargs):
+    return {"score": -1.0, "acc": kwargs["solution_str"] == "2"}
+
+def raises(**kwargs):
+    raise KeyError("unheard of")
+
+def nothing(**kwargs):
+    return None
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text(REWARD)
+    return file
+
+
+def question():
+    return questions.Question(4, ROW["prompt"], "sums", "2", {})
+
+
+@pytest.mark.parametrize("name", ("right", "mapping"))
+def test_the_reward_is_called_as_verl_calls_it(rewards, name):
+    found = reward.load_reward(f"{rewards}:{name}")
+    assert (found(question(), "2"), found(question(), "3")) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    (
+        ("{}", "it has to be FILE.py:FUNC"),
+        ("{}:", "it has to be FILE.py:FUNC"),
+        ("{}:unknown", "there is no function unknown"),
+        ("{}.gone:right", "there is no file"),
+    ),
+)
+def test_a_reward_that_is_not_there_is_named(rewards, named, message):
+    with pytest.raises(SanitySetError, match=message):
+        reward.load_reward(named.format(rewards))
+
+
+def test_a_module_that_does_not_load_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("import nobody_has_this")
+    with pytest.raises(SanitySetError, match="does not load: ModuleNotFoundError"):
+        reward.load_reward(f"{tmp_path / 'broken.py'}:right")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), (("raises", "raised KeyError: 'unheard of' .row 4, answer '2'"), ("nothing", "returned None"))
+)
+def test_a_reward_that_fails_names_its_row(rewards, name, message):
+    with pytest.raises(SanitySetError, match=message):
+        reward.load_reward(f"{rewards}:{name}")(question(), "2")
+
+
+MADE_OF = {"model": "abc", "seed": 0}
+
+
+def test_progress_goes_on_where_it_was(tmp_path):
+    file = tmp_path / "new" / "progress.jsonl"
+    kept = Progress(file, MADE_OF)
+    kept.add(Counted(0, 40, 8, 1))
+    kept.add(Counted(3, 40, 40, 0))
+    kept.close()
+    with open(file, "ab") as log:
+        log.write(b'{"row": 5, "answ')  # a crash
+    again = Progress(file, MADE_OF)
+    assert again.counted == {0: Counted(0, 40, 8, 1), 3: Counted(3, 40, 40, 0)}
+    again.add(Counted(5, 40, 2, 0))
+    again.close()
+    assert Progress(file, MADE_OF).counted.keys() == {0, 3, 5}
+
+
+def test_progress_of_something_else_is_refused_and_left_alone(tmp_path):
+    file = tmp_path / "progress.jsonl"
+    kept = Progress(file, MADE_OF)
+    kept.add(Counted(0, 40, 8, 1))
+    kept.close()
+    before = file.read_bytes()
+    with pytest.raises(SanitySetError, match="seed was 0 and is 1.*--restart"):
+        Progress(file, {**MADE_OF, "seed": 1})
+    assert file.read_bytes() == before
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    kept = Progress(tmp_path / "progress.jsonl", MADE_OF)
+    kept.add(Counted(0, 40, 8, 1))
+
+    def full(entry):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept, "_append", full)
+    with pytest.raises(SanitySetError, match="No space left on device"):
+        kept.add(Counted(1, 40, 8, 1))
+    kept.close()
+    assert Progress(tmp_path / "progress.jsonl", MADE_OF).counted.keys() == {0}
+
+
+@pytest.mark.parametrize(
+    ("correct", "answers", "stays"),
+    ((7, 40, False), (8, 40, True), (32, 40, True), (33, 40, False), (1, 5, True), (2, 10, True), (0, 5, False)),
+)
+def test_the_bounds_are_inclusive_in_answers(correct, answers, stays):
+    assert selection.Bounds(0.2, 0.8).keep(Counted(0, answers, correct, 0)) is stays
+
+
+@pytest.mark.parametrize("bounds", ((0.8, 0.2), (-0.1, 0.5), (0.5, 1.1)))
+def test_bounds_that_make_no_sense_are_refused(bounds):
+    with pytest.raises(SanitySetError, match="0 <= low <= high <= 1"):
+        selection.Bounds(*bounds)
+
+
+@pytest.mark.parametrize("write", (lambda folder, rows: json_lines(folder, *rows), parquet))
+def test_what_stays_is_verls_data_with_the_measured_accuracy(tmp_path, write):
+    rows = [{**ROW, "extra_info": {"index": index}} for index in range(600)]
+    data = write(tmp_path, rows)
+    counted = {row: Counted(row, 40, row % 41, row % 3) for row in range(600)}
+    bounds = selection.Bounds()
+    summary = selection.summarise(counted.values(), bounds, {"answers": 40})
+    file = selection.write(data, tmp_path, counted, bounds, summary)
+    kept = pq.read_table(file).to_pylist()
+    expected = [row for row in range(600) if 8 <= row % 41 <= 32]
+    assert [row["extra_info"]["index"] for row in kept] == expected and summary["kept"] == len(expected)
+    assert {name: kept[0][name] for name in ROW if name != "extra_info"} == {
+        k: v for k, v in ROW.items() if k != "extra_info"
+    }
+    assert [row["accuracy"] for row in kept] == [row % 41 / 40 for row in expected]
+    assert sum(summary["histogram"]) == 600 and summary["histogram"][-1] == summary["always_right"] == 14
+    assert json.loads((tmp_path / selection.SUMMARY).read_text())["kept"] == len(expected)
+    assert selection.draw(summary, tmp_path / "a.png", "model").read_bytes()[:4] == b"\x89PNG"
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_set_of_nothing_says_so_and_replaces_nothing(tmp_path):
+    counted = {0: Counted(0, 40, 0, 0), 1: Counted(1, 40, 40, 0)}
+    bounds = selection.Bounds()
+    summary = selection.summarise(counted.values(), bounds, {})
+    (tmp_path / selection.PARQUET).write_text("former")
+    with pytest.raises(SanitySetError, match="1 of 2 were never right, 1 always. Set --low and --high"):
+        selection.write(json_lines(tmp_path, ROW, ROW), tmp_path, counted, bounds, summary)
+    assert (tmp_path / selection.PARQUET).read_text() == "former"
+
+
+def test_the_digest_of_a_model_is_that_of_its_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"123")
+    before = progress.digest_of_model(tmp_path)
+    assert progress.digest_of_model(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    assert progress.digest_of_model(tmp_path) != before
