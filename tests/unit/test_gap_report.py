@@ -1,0 +1,92 @@
+"""The offline analysis of the gap: pairs, intervals, factors, the figure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from verl_fp16.gap_report import analysis, figure
+from verl_fp16.gap_report.analysis import Sequences
+from verl_fp16.gap_report.pairs import Pair, parse_pairs
+
+
+def sequences_of(
+    gap: float, bias: float = 0.0, number: int = 400, seed: int = 0
+) -> tuple[Sequences, np.ndarray, np.ndarray]:
+    """Sequences of 100 to 2,000 tokens whose d is normal, with a bias against training."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(100, 2000, number)
+    rows, rollout, training = [], [], []
+    for length in lengths:
+        mu = -4 * random.random(length) ** 4
+        d = gap * random.standard_normal(length) + bias
+        rows.append((length, -d.sum(), np.abs(d).sum(), (np.expm1(-d) + d).sum()))
+        rollout.append(mu)
+        training.append(mu - d)
+    return Sequences(*np.array(rows, dtype=float).T), np.concatenate(rollout), np.concatenate(training)
+
+
+def test_pairs_are_read_and_written_as_they_are_named():
+    pairs = parse_pairs("bf16, fp16,bf16/fp16,fp16")
+    assert pairs == [Pair("bfloat16", "bfloat16"), Pair("float16", "float16"), Pair("bfloat16", "float16")]
+    assert [pair.name for pair in pairs] == ["bf16", "fp16", "bf16/fp16"]
+    for wrong in ("", "fp8", "fp16,", "fp16/bf16/fp32"):
+        with pytest.raises(ValueError, match="is no precision: fp16, bf16, fp32, or TRAINING/ROLLOUT"):
+            parse_pairs(wrong)
+
+
+def test_intervals_hold_what_was_planted():
+    coarse, fine = sequences_of(8e-3, bias=1e-3)[0], sequences_of(1e-3)[0]
+    pairs = {"bf16": coarse, "fp16": fine}
+    drawn = analysis.resample(pairs)
+    measured = analysis.measure(pairs, drawn)
+    factors = analysis.factors("bf16", measured, drawn)
+    assert -1.0 in measured["bf16"]["slope_per_1k_tokens"] and 0.0 not in measured["bf16"]["slope_per_1k_tokens"]
+    assert 0.0 in measured["fp16"]["slope_per_1k_tokens"]
+    assert measured["fp16"]["log_prob_abs_diff_mean"].value == pytest.approx(1e-3 * np.sqrt(2 / np.pi), rel=0.01)
+    assert factors.keys() == {"fp16"} and 7.5 < factors["fp16"]["log_prob_abs_diff_mean"].value < 8.5
+    assert 64.0 < factors["fp16"]["k3"].low < factors["fp16"]["k3"].value < factors["fp16"]["k3"].high < 67
+    assert measured["bf16"]["seq_kl"].value == pytest.approx(coarse.length.mean() * 1e-3, rel=0.05)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    """Of 95% intervals, about one in twenty misses."""
+    hits = 0
+    for seed in range(60):
+        pairs = {"p": sequences_of(1e-2, number=80, seed=seed)[0]}
+        found = analysis.measure(pairs, analysis.resample(pairs, resamples=400))
+        hits += 0.0 in found["p"]["slope_per_1k_tokens"]
+    assert 51 <= hits <= 60
+
+
+def test_pairs_on_the_same_sequences_are_resampled_together():
+    one = sequences_of(1e-3)[0]
+    twice = Sequences(one.length, 2 * one.s, 2 * one.abs_sum, 2 * one.k3_sum)
+    pairs = {"a": twice, "b": one}
+    drawn = analysis.resample(pairs, resamples=100)
+    factor = analysis.factors("a", analysis.measure(pairs, drawn), drawn)["b"]["k3"]
+    assert factor.low == pytest.approx(2) and factor.high == pytest.approx(2)
+
+
+def test_what_cannot_be_measured_is_nan_and_an_empty_pair_an_error():
+    equal = Sequences(*np.ones((4, 5)))
+    pairs = {"p": equal}
+    found = analysis.measure(pairs, analysis.resample(pairs, resamples=10))["p"]["slope_per_1k_tokens"]
+    assert np.isnan([found.value, found.low, found.high]).all()
+    with pytest.raises(ValueError, match="there is no sequence in it"):
+        analysis.resample({"p": Sequences(*np.ones((4, 0)))})
+
+
+def test_the_figure_is_drawn_and_the_table_has_a_row_for_each_pair(tmp_path):
+    pairs, panels = {}, []
+    for name, gap, bias in (("bf16", 8e-3, 1e-3), ("fp16", 1e-3, 0.0)):
+        pairs[name], rollout, training = sequences_of(gap, bias)
+        panels.append((name, figure.token_counts(rollout, training)))
+    drawn = analysis.resample(pairs, resamples=200)
+    measured = analysis.measure(pairs, drawn)
+    shown = [figure.Panel(n, counts, pairs[n], measured[n]["slope_per_1k_tokens"]) for n, counts in panels]
+    file = figure.draw(shown, tmp_path / "mismatch.png", "a model, 400 sequences")
+    assert file.read_bytes()[:4] == b"\x89PNG"
+    assert sum(panels[0][1].ravel()) == pairs["bf16"].length.sum(), "no token is lost"
+    rows = figure.table(measured, analysis.factors("bf16", measured, drawn))
+    assert [row[0] for row in rows] == ["bf16", "fp16"] and rows[0][-1] == "" and "[" in rows[1][-1]
