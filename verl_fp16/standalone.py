@@ -122,9 +122,10 @@ def make_batch(
     use_fused_kernels: bool = False,
     micro_batch_size: int | None = None,
     last_of_step: bool = True,
+    temperature: float = 1.0,
     **tensors: torch.Tensor,
 ) -> TensorDict:
-    """A batch as verl's workers hand it to an engine: jagged ``input_ids``, all tokens in the loss, temperature 1."""
+    """A batch as verl's workers hand it to an engine: jagged ``input_ids``, all tokens in the loss."""
     ids = torch.nested.as_nested_tensor([torch.tensor(s) for s in sequences], layout=torch.jagged)
     positions = torch.nested.as_nested_tensor([torch.arange(len(s)) for s in sequences], layout=torch.jagged)
     mask = torch.nested.as_nested_tensor([torch.ones(len(s)) for s in sequences], layout=torch.jagged)
@@ -137,7 +138,7 @@ def make_batch(
         use_dynamic_bsz=False,
         micro_batch_size_per_gpu=micro_batch_size or len(sequences),
         use_fused_kernels=use_fused_kernels,
-        temperature=1.0,
+        temperature=temperature,
         global_batch_size=len(sequences) * dist.get_world_size(),
         update_lr_scheduler=last_of_step,
     )
@@ -156,7 +157,7 @@ def next_token_loss(model_output: dict[str, torch.Tensor], data: TensorDict, dp_
 
 @torch.no_grad()
 def teacher_forced_log_probs(
-    engine: Any, sequences: Sequence[Sequence[int]], micro_batch_size: int, **batch_settings: bool
+    engine: Any, sequences: Sequence[Sequence[int]], micro_batch_size: int, **batch_settings: Any
 ) -> list:
     """Log-probability of every token but the first of each sequence, as the actor's log-prob pass computes it.
 

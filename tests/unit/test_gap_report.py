@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from verl_fp16.gap_report import analysis, figure
-from verl_fp16.gap_report.analysis import Sequences
-from verl_fp16.gap_report.pairs import Pair, parse_pairs
+from verl_fp16.gap_report.analysis import Interval, Sequences
+from verl_fp16.gap_report.errors import GapError
+from verl_fp16.gap_report.sides import ladder, parse_pairs
 
 
 def sequences_of(
@@ -27,12 +28,28 @@ def sequences_of(
 
 
 def test_pairs_are_read_and_written_as_they_are_named():
-    pairs = parse_pairs("bf16, fp16,bf16/fp16,fp16")
-    assert pairs == [Pair("bfloat16", "bfloat16"), Pair("float16", "float16"), Pair("bfloat16", "float16")]
-    assert [pair.name for pair in pairs] == ["bf16", "fp16", "bf16/fp16"]
+    own = parse_pairs("bf16, fp16,bf16/fp16,fp16", same_tokens=False)
+    assert [one.name for one in own] == ["bf16", "fp16", "bf16/fp16"]
+    assert [(one.training.precision, one.rollout.precision) for one in own] == [
+        ("bf16", "bf16"),
+        ("fp16", "fp16"),
+        ("bf16", "fp16"),
+    ]
+    assert all(one.tokens == one.rollout and not one.scored for one in own)
+    same = parse_pairs("bf16,fp16", same_tokens=True)
+    assert all(one.tokens == same[0].rollout and one.scored for one in same)
     for wrong in ("", "fp8", "fp16,", "fp16/bf16/fp32"):
-        with pytest.raises(ValueError, match="is no precision: fp16, bf16, fp32, or TRAINING/ROLLOUT"):
-            parse_pairs(wrong)
+        with pytest.raises(GapError, match="it has to be fp16, bf16, fp32, or TRAINING/ROLLOUT"):
+            parse_pairs(wrong, same_tokens=False)
+
+
+def test_rows_of_the_ladder_differ_in_what_their_names_say():
+    rows = ladder()
+    assert len({one.name for one in rows}) == len(rows)
+    assert len({(one.training, one.rollout, one.scored) for one in rows}) == len(rows)
+    assert len({one.training.slug for one in rows}) == len({one.training for one in rows})
+    assert len({one.rollout.slug for one in rows}) == len({one.rollout for one in rows})
+    assert {one.tokens.slug for one in rows if one.scored} == {"fp16"}
 
 
 def test_intervals_hold_what_was_planted():
@@ -77,7 +94,7 @@ def test_what_cannot_be_measured_is_nan_and_an_empty_pair_an_error():
         analysis.resample({"p": Sequences(*np.ones((4, 0)))})
 
 
-def test_the_figure_is_drawn_and_the_table_has_a_row_for_each_pair(tmp_path):
+def test_the_figures_are_drawn(tmp_path):
     pairs, panels = {}, []
     for name, gap, bias in (("bf16", 8e-3, 1e-3), ("fp16", 1e-3, 0.0)):
         pairs[name], rollout, training = sequences_of(gap, bias)
@@ -88,5 +105,11 @@ def test_the_figure_is_drawn_and_the_table_has_a_row_for_each_pair(tmp_path):
     file = figure.draw(shown, tmp_path / "mismatch.png", "a model, 400 sequences")
     assert file.read_bytes()[:4] == b"\x89PNG"
     assert sum(panels[0][1].ravel()) == pairs["bf16"].length.sum(), "no token is lost"
-    rows = figure.table(measured, analysis.factors("bf16", measured, drawn))
-    assert [row[0] for row in rows] == ["bf16", "fp16"] and rows[0][-1] == "" and "[" in rows[1][-1]
+    bars = figure.draw_ladder(measured, (("k3", "k3, nats"),), tmp_path / "ladder.png", "a model")
+    assert bars.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_intervals_are_written_as_far_as_they_are_known():
+    assert figure.written(Interval(1.25, 1.1, 1.4)) == "1.25 [1.1, 1.4]"
+    assert figure.written(Interval(1.25, np.nan, np.nan)) == "1.25"
+    assert figure.written(Interval(np.nan, np.nan, np.nan)) == "-"

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_fp16.cli.output import fail, is_terminal
+from verl_fp16.cli.output import fail
+from verl_fp16.cli.progress import stages_shown
 
 if TYPE_CHECKING:
     from verl_fp16.sampling import Sampler
-    from verl_fp16.sanity_set.progress import Counted, Progress
+    from verl_fp16.sanity_set.progress import Progress
     from verl_fp16.sanity_set.questions import Question
     from verl_fp16.sanity_set.reward import Reward
 
 INTERRUPTED = 130
 PROGRESS = "progress.jsonl"
-_SECONDS_BETWEEN_LINES = 10.0
 # Answers of a question have the seeds that follow its own.
 _SEEDS_OF_A_QUESTION = 2**12
 
@@ -58,6 +55,8 @@ def sanity_set(
 
     Example: verl-fp16 sanity-set ~/models/Qwen3-0.6B --data train.parquet --reward reward.py:compute_score
     """
+    from verl_fp16.preflight.refusals import ModelError
+    from verl_fp16.rows import RowsError
     from verl_fp16.sampling import SamplingError
     from verl_fp16.sanity_set.errors import SanitySetError
 
@@ -73,7 +72,7 @@ def sanity_set(
     engine = {"gpu_memory_utilization": gpu_memory_utilization, "tensor_parallel_size": tensor_parallel_size}
     try:
         _make(model, data, reward, output, (low, high), limit, skip_long, restart, sampled, engine)
-    except (SanitySetError, SamplingError) as error:
+    except (ModelError, RowsError, SamplingError, SanitySetError) as error:
         raise fail(error) from None
     except KeyboardInterrupt:
         raise fail(
@@ -146,12 +145,15 @@ def _count(
     names = ("answers", "max_tokens", "temperature", "top_p", "dtype")
     sampler = Sampler(model, **{name: sampled[name] for name in names}, **engine)
     rows = (question for question in islice(questions.read(data), total) if question.row not in kept.counted)
-    with _progress(total, len(kept.counted)) as advance:
+    right = seen = 0
+    with stages_shown("questions") as tell:
+        tell("sampling", len(kept.counted), total)
         for request, found in sampler.sample(_requests(sampler, rows, sampled["seed"], skip_long)):
             question = request.key
-            right = sum(reward(question, answer.text) >= sampled["correct_from"] for answer in found)
-            kept.add(Counted(question.row, len(found), right, sum(answer.cut for answer in found)))
-            advance(kept.counted[question.row])
+            correct = sum(reward(question, answer.text) >= sampled["correct_from"] for answer in found)
+            kept.add(Counted(question.row, len(found), correct, sum(answer.cut for answer in found)))
+            right, seen = right + correct, seen + len(found)
+            tell("sampling", len(kept.counted), total, f"{right / seen:.0%} right")
 
 
 def _requests(sampler: Sampler, rows: Iterator[Question], seed: int, skip_long: bool) -> Iterator[Any]:
@@ -169,52 +171,6 @@ def _requests(sampler: Sampler, rows: Iterator[Question], seed: int, skip_long: 
                 "--skip-long"
             )
         yield Request(question, tokens, (seed * 2**32 + question.row) * _SEEDS_OF_A_QUESTION % 2**63)
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[Counted], None]]:
-    """A bar on a terminal; elsewhere a line every ten seconds. With the accuracy so far, and the time left."""
-    if is_terminal(sys.stderr):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            "questions",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("questions", total=total, completed=done, told="")
-            yield _told(lambda number, told: bar.update(task, completed=number, told=told), done)
-        return
-    began, last = time.monotonic(), [0.0]
-
-    def tell(number: int, told: str) -> None:
-        now = time.monotonic()
-        if now - last[0] >= _SECONDS_BETWEEN_LINES or number == total:
-            last[0] = now
-            left = (now - began) / max(1, number - done) * (total - number)
-            typer.echo(f"{number:,} of {total:,} questions, {told}, about {_clock(left)} left", err=True)
-
-    yield _told(tell, done)
-
-
-def _told(tell: Callable[[int, str], Any], done: int) -> Callable[[Counted], None]:
-    number, right, answers = done, 0, 0
-
-    def advance(counted: Counted) -> None:
-        nonlocal number, right, answers
-        number, right, answers = number + 1, right + counted.correct, answers + counted.answers
-        tell(number, f"{right / answers:.0%} right")
-
-    return advance
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
 
 
 def _show(summary: dict[str, Any], parquet: Path, picture: Path, skipped: int) -> None:

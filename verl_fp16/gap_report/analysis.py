@@ -83,7 +83,7 @@ def resample(
         values = found.setdefault(name, {statistic: [] for statistic in STATISTICS})
         for start in range(0, resamples, at_once):
             picks = random.integers(len(sequences), size=(min(at_once, resamples - start), len(sequences)))
-            drawn = Sequences(*(column[picks] for column in _columns(sequences)))
+            drawn = Sequences(*(column[picks] for column in columns(sequences)))
             for statistic, value in STATISTICS.items():
                 values[statistic].append(value(drawn))
     return {
@@ -92,7 +92,7 @@ def resample(
     }
 
 
-def _columns(sequences: Sequences) -> tuple[np.ndarray, ...]:
+def columns(sequences: Sequences) -> tuple[np.ndarray, ...]:
     return sequences.length, sequences.s, sequences.abs_sum, sequences.k3_sum
 
 

@@ -81,21 +81,41 @@ def _draw_sequences(axes, panel: Panel, colour: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def table(
-    measured: Mapping[str, Mapping[str, Interval]], factors: Mapping[str, Mapping[str, Interval]]
-) -> list[list[str]]:
-    """Rows for a terminal: pair, then each statistic, then by how much the first pair's is larger."""
-    rows = []
-    for name, values in measured.items():
-        shown = [
-            _text(values[statistic]) for statistic in ("log_prob_abs_diff_mean", "k3", "seq_kl", "slope_per_1k_tokens")
-        ]
-        ratio = factors.get(name)
-        rows.append(
-            [name, *shown, *(_text(ratio[key], ".3g") if ratio else "" for key in ("log_prob_abs_diff_mean", "k3"))]
-        )
-    return rows
+def draw_ladder(
+    intervals: Mapping[str, Mapping[str, Interval]], statistics: Sequence[tuple[str, str]], file: Path, title: str
+) -> Path:
+    """A row for each measurement, a panel for each statistic (name, label), on a logarithmic scale with intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(intervals)
+    figure = Figure(figsize=(4.0 * len(statistics) + 2.6, 0.42 * len(names) + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(statistics), squeeze=False, sharey=True)[0]
+    for axis, (statistic, label) in zip(axes, statistics, strict=True):
+        for place, name in enumerate(names):
+            interval = intervals[name][statistic]
+            if interval.value > 0:
+                colour = _COLOURS[1] if name.startswith("fp16") else _COLOURS[0]
+                colour = "#777777" if name.startswith("fp32") else colour
+                axis.plot((max(interval.low, 1e-300), interval.high), (place, place), color=colour, lw=2, alpha=0.6)
+                axis.plot(interval.value, place, "o", color=colour, ms=6)
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(axis="both", color="#dddddd", lw=0.6)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(file, dpi=150)
+    return file
 
 
-def _text(interval: Interval, form: str = ".3g") -> str:
+def written(interval: Interval, form: str = ".3g") -> str:
+    """``1.2 [1.1, 1.3]``; without the interval where none is known, and a dash where nothing is."""
+    if np.isnan(interval.value):
+        return "-"
+    if np.isnan(interval.low):
+        return f"{interval.value:{form}}"
     return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"

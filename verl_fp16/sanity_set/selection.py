@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl_fp16.rows import is_parquet
 from verl_fp16.sanity_set.errors import SanitySetError
 from verl_fp16.sanity_set.progress import Counted
-from verl_fp16.sanity_set.questions import is_parquet, records
+from verl_fp16.sanity_set.questions import records
 
 PARQUET, SUMMARY, PICTURE = "train.parquet", "summary.json", "accuracy.png"
 _BATCH = 256

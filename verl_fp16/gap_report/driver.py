@@ -1,0 +1,152 @@
+"""From what is asked to numbers: prompts, samples, scores, each stage in its own process, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from verl_fp16.gap_report import folder
+from verl_fp16.gap_report.errors import GapError
+from verl_fp16.gap_report.folder import WorkFolder
+from verl_fp16.gap_report.sides import Measurement
+
+Progress = Callable[[str, int, int], None]
+"""Is told what is under way, how many sequences of it are done, and of how many."""
+
+FOUND = "found.json"
+LOG = "stages.log"
+_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers, beside model, prompts and measurements.
+
+    Args:
+        samples: answers of a prompt.
+        max_tokens: of an answer.
+        lengths: (least, most) tokens of an answer, drawn evenly, past its end; None leaves the end to the model.
+        seed: of all of it.
+        rollout: further arguments of :class:`verl_fp16.sampling.Sampler`.
+        training: further arguments of :class:`verl_fp16.gap_report.training_side.TrainingSide`.
+    """
+
+    samples: int
+    max_tokens: int
+    lengths: tuple[int, int] | None
+    seed: int
+    rollout: dict[str, Any]
+    training: dict[str, Any]
+
+
+def run(
+    model: Path, work: WorkFolder, measurements: Sequence[Measurement], prompts: int, settings: Settings, tell: Progress
+) -> None:
+    """Make every part that is not there yet.
+
+    Args:
+        prompts: how many of them ``work.prompts`` has.
+
+    Raises:
+        GapError: a stage failed; what was done so far is kept.
+    """
+    total = prompts * settings.samples
+    common = {"model": str(model), "work": str(work.path), "total": total}
+    for rollout in dict.fromkeys(measurement.tokens for measurement in measurements):
+        target = work.tokens(rollout.slug)
+        if sum(1 for _ in folder.samples(target)) < total:
+            spec = {**common, "stage": "sample", "side": asdict(rollout), "slug": rollout.slug, "seed": settings.seed}
+            spec |= {"samples": settings.samples, "max_tokens": settings.max_tokens, "lengths": settings.lengths}
+            _stage(work, target, {**spec, "engine": settings.rollout}, f"sampling, {rollout.slug}", tell)
+    for measurement in measurements:
+        names = [part.name for part in folder.parts(work.tokens(measurement.tokens.slug))]
+        spec = {**common, "tokens": measurement.tokens.slug}
+        for side, asked in (
+            ("rollout", {"engine": settings.rollout, "longest": _longest(work, measurement)}),
+            ("training", {"settings": settings.training}),
+        ):
+            what = getattr(measurement, side)
+            if side == "rollout" and not measurement.scored:
+                continue
+            target = work.scores(side, what.slug, measurement.tokens.slug)
+            if all((target / name).exists() for name in names):
+                continue
+            asked |= {**spec, "stage": f"score_{side}", "side": asdict(what), "slug": what.slug}
+            _stage(work, target, asked, f"scoring, {side} {what.slug}", tell)
+
+
+def _longest(work: WorkFolder, measurement: Measurement) -> int:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    longest = 0
+    for file in folder.parts(work.tokens(measurement.tokens.slug)):
+        table = pq.read_table(file, columns=["prompt", "answer"])
+        lengths = pc.add(pc.list_value_length(table["prompt"]), pc.list_value_length(table["answer"]))
+        longest = max(longest, pc.max(lengths).as_py())
+    return longest
+
+
+def _stage(work: WorkFolder, target: Path, spec: dict[str, Any], name: str, tell: Progress) -> None:
+    """Run one to its end; its files are whole or not there however it ends."""
+    target.mkdir(parents=True, exist_ok=True)
+    read, write = os.pipe()
+    with tempfile.TemporaryDirectory() as temporary, open(work.path / LOG, "ab") as log:
+        file = Path(temporary) / "spec.json"
+        file.write_text(json.dumps(spec))
+        tell(name, 0, spec["total"])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "verl_fp16.gap_report.stage", str(file), str(write)],
+            pass_fds=(write,),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=_environment(),
+        )
+        os.close(write)
+        failed = None
+        try:
+            for said in _lines(read):
+                if "found" in said:
+                    folder.write_whole(target / FOUND, json.dumps(said["found"]).encode())
+                if "done" in said:
+                    tell(name, said["done"], said["of"])
+                failed = said.get("failed", failed)
+            code = process.wait()
+        finally:
+            _end(process)
+    if code or failed:
+        raise GapError(failed or f"{name} ended with code {code}; its output is in {work.path / LOG}")
+
+
+def _lines(read: int) -> Iterator[dict[str, Any]]:
+    with os.fdopen(read, "rb") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Its whole process group: vLLM's engine is a child of its own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _environment() -> dict[str, str]:
+    ours = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {**ours, **os.environ, "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,233 @@
+"""One stage in a process of its own: ``python -m verl_fp16.gap_report.stage SPEC.json FD``.
+
+vLLM and FSDP each want a process for themselves, and one whose memory is given back. Progress goes to the file
+descriptor FD, a JSON object a line: ``done`` and ``of`` in sequences; ``found`` once, what the live objects say of
+their dtypes; or ``failed``, a line for the user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from verl_fp16.gap_report import folder
+from verl_fp16.gap_report.errors import GapError
+from verl_fp16.gap_report.sides import DTYPES
+
+Tell = Callable[..., None]
+FAILED = 2
+_SEQUENCES_OF_A_PART = 256
+_TOKENS_OF_A_PART = 2**18
+
+
+def main() -> int:
+    spec, descriptor = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[2])
+    os.set_inheritable(descriptor, False)
+
+    def tell(**what: Any) -> None:
+        os.write(descriptor, json.dumps(what).encode() + b"\n")
+
+    from verl_fp16.sampling import SamplingError
+
+    try:
+        STAGES[spec.pop("stage")](tell, **spec)
+    except (GapError, SamplingError) as error:
+        tell(failed=str(error))
+        return FAILED
+    return 0
+
+
+def sample(
+    tell: Tell,
+    *,
+    model: str,
+    work: str,
+    side: dict[str, Any],
+    slug: str,
+    samples: int,
+    total: int,
+    max_tokens: int,
+    lengths: list[int] | None,
+    seed: int,
+    engine: dict[str, Any],
+) -> None:
+    """Answers of every prompt, with the log-probabilities that they were sampled with."""
+    from verl_fp16.sampling import Sampler
+
+    target = Path(work) / "tokens" / slug
+    done = set(folder.samples(target))
+    tell(done=len(done), of=total)
+    sampler = Sampler(
+        _rounded(Path(model), side["weights"], Path(work)),
+        dtype=DTYPES[side["precision"]],
+        max_tokens=max_tokens,
+        temperature=side["temperature"],
+        top_p=side["top_p"],
+        log_probs=True,
+        raw_log_probs=side["raw"],
+        **engine,
+    )
+    tell(found=sorted(sampler.weight_dtypes()))
+    rows = _requests(Path(work) / folder.PROMPTS, sampler, samples, done, lengths, seed)
+    columns = _Columns(target, folder.tokens_schema())
+    for number, (request, (answer,)) in enumerate(sampler.sample(rows), len(done) + 1):
+        # The first of a response whose length was fixed is no other than that of one that ended.
+        columns.add(
+            len(answer.tokens),
+            sample=request.key,
+            prompt=list(request.tokens),
+            answer=answer.tokens,
+            log_mu=answer.log_probs,
+            cut=answer.cut and request.length is None,
+        )
+        tell(done=number, of=total)
+    columns.flush()
+
+
+def _requests(
+    prompts: Path, sampler: Any, samples: int, done: set[int], lengths: list[int] | None, seed: int
+) -> Iterator[Any]:
+    import random
+
+    from verl_fp16.sampling import Request
+
+    for row, tokens in _prompts(prompts):
+        if (room := sampler.room(tokens)) < 0:
+            raise GapError(
+                f"prompt {row}: its {len(tokens):,} tokens and an answer are {-room:,} tokens longer than the "
+                f"{sampler.max_model_len:,} that the model takes. Set a shorter --max-tokens"
+            )
+        for index in range(samples):
+            number = row * samples + index
+            if number in done:
+                continue
+            chance = random.Random(f"{seed} {number}")
+            length = None if lengths is None else chance.randint(*lengths)
+            yield Request(number, tokens, chance.getrandbits(62), length)
+
+
+def _prompts(file: Path) -> Iterator[tuple[int, list[int]]]:
+    import pyarrow.parquet as pq
+
+    row = 0
+    with pq.ParquetFile(file) as opened:
+        for batch in opened.iter_batches(batch_size=256):
+            for tokens in batch.column("tokens").to_pylist():
+                yield row, tokens
+                row += 1
+
+
+def score_rollout(
+    tell: Tell,
+    *,
+    model: str,
+    work: str,
+    side: dict[str, Any],
+    slug: str,
+    tokens: str,
+    total: int,
+    longest: int,
+    engine: dict[str, Any],
+) -> None:
+    """What vLLM's prefill says of tokens that another rollout sampled."""
+    from verl_fp16.sampling import Sampler, Text
+
+    work_folder = Path(work)
+    target = work_folder / "rollout" / f"{slug}@{tokens}"
+    sampler = Sampler(
+        _rounded(Path(model), side["weights"], work_folder),
+        dtype=DTYPES[side["precision"]],
+        max_tokens=1,
+        **{**engine, "max_model_len": engine.get("max_model_len") and min(engine["max_model_len"], longest + 1)},
+    )
+    tell(found=sorted(sampler.weight_dtypes()))
+    for part, name, done in _missing(tell, work_folder / "tokens" / tokens, target, total):
+        rows = zip(part["sample"], part["prompt"], part["answer"], strict=True)
+        texts = [Text(key, [*prompt, *answer], len(prompt)) for key, prompt, answer in rows]
+        found = {}
+        for number, (text, log_probs) in enumerate(sampler.score(texts), 1):
+            found[text.key] = log_probs
+            tell(done=done + number, of=total)
+        scores = {"sample": part["sample"], "log_prob": [found[key] for key in part["sample"]]}
+        folder.write_part(target / name, scores, folder.scores_schema())
+
+
+def score_training(
+    tell: Tell,
+    *,
+    model: str,
+    work: str,
+    side: dict[str, Any],
+    slug: str,
+    tokens: str,
+    total: int,
+    settings: dict[str, Any],
+) -> None:
+    """What verl's FSDP engine says of sampled tokens: the pass that computes old log-probabilities."""
+    from verl_fp16.gap_report.training_side import TrainingSide
+
+    work_folder = Path(work)
+    target = work_folder / "training" / f"{slug}@{tokens}"
+    with TrainingSide(Path(model), DTYPES[side["precision"]], side["fp32_head"], side["temperature"], **settings) as it:
+        for part, name, done in _missing(tell, work_folder / "tokens" / tokens, target, total):
+            rows = list(zip(part["prompt"], part["answer"], strict=True))
+            found = []
+            for batch in it.log_probs(rows):
+                found += batch
+                tell(done=done + len(found), of=total)
+            folder.write_part(target / name, {"sample": part["sample"], "log_prob": found}, folder.scores_schema())
+            tell(found=it.found())
+
+
+STAGES = {"sample": sample, "score_rollout": score_rollout, "score_training": score_training}
+
+
+def _missing(tell: Tell, source: Path, target: Path, total: int) -> Iterator[tuple[dict[str, list[Any]], str, int]]:
+    """Each part without scores, its name, and how many sequences come before it."""
+    done = 0
+    tell(done=done, of=total)
+    for file in folder.parts(source):
+        part = folder.read_part(file)
+        if not (target / file.name).exists():
+            yield part, file.name, done
+        done += len(part["sample"])
+        tell(done=done, of=total)
+
+
+class _Columns:
+    """Rows on their way into parts of a bounded size."""
+
+    def __init__(self, target: Path, schema: Any) -> None:
+        self._target, self._schema = target, schema
+        self._rows: dict[str, list[Any]] = {name: [] for name in schema.names}
+        self._tokens = 0
+
+    def add(self, tokens: int, **row: Any) -> None:
+        for name, value in row.items():
+            self._rows[name].append(value)
+        self._tokens += tokens
+        if len(self._rows["sample"]) >= _SEQUENCES_OF_A_PART or self._tokens >= _TOKENS_OF_A_PART:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows["sample"]:
+            folder.write_part(folder.next_part(self._target), self._rows, self._schema)
+            self._rows = {name: [] for name in self._rows}
+            self._tokens = 0
+
+
+def _rounded(model: Path, weights: str | None, work: Path) -> Path:
+    """The model with its weights rounded to ``weights``, in a folder of its own; itself where that is None."""
+    if weights is None:
+        return model
+    from verl_fp16.gap_report.rounding import round_weights
+
+    return round_weights(model, DTYPES[weights], work / f"model-{weights}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
