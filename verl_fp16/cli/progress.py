@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def stages_shown(unit: str) -> Iterator[Tell]:
-    """Show one stage after the other; the first number of a stage is what was done before, and counts as no speed.
+    """Show one stage after the other. Speed counts from the last time that a stage's first number was told.
 
     Args:
         unit: what is counted, in the plural.
@@ -52,10 +52,13 @@ def _bars() -> Iterator[Tell]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks: dict[str, int] = {}
+        first: dict[str, int] = {}
 
         def tell(stage: str, done: int, of: int, told: str = "") -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=of, told=told)
+            if stage not in first:
+                tasks[stage], first[stage] = progress.add_task(stage, total=of, told=told), done
+            if done == first[stage]:
+                progress.reset(tasks[stage])
             progress.update(tasks[stage], completed=done, total=of, told=told)
 
         yield tell
@@ -63,18 +66,23 @@ def _bars() -> Iterator[Tell]:
 
 def _lines(unit: str) -> Tell:
     began: dict[str, tuple[float, int]] = {}
-    last = -_SECONDS_BETWEEN_LINES
+    ended: set[str] = set()
+    last = 0.0
 
     def tell(stage: str, done: int, of: int, told: str = "") -> None:
         nonlocal last
         now = time.monotonic()
-        new = stage not in began
-        since, before = began.setdefault(stage, (now, done))
-        if not (new or done == of or now - last >= _SECONDS_BETWEEN_LINES):
+        new, before = stage not in began, began.get(stage, (now, done))[1]
+        if done == before:
+            began[stage], last = (now, done), now
+        if stage in ended or not (new or done == of or now - last >= _SECONDS_BETWEEN_LINES):
             return
         last = now
-        left = f", about {clock((now - since) / (done - before) * (of - done))} left" if done > before else ""
-        typer.echo(f"{stage}: {done:,} of {of:,} {unit}{f', {told}' if told else ''}{left}", err=True)
+        if done == of:
+            ended.add(stage)
+        left = (now - began[stage][0]) / (done - before) * (of - done) if done > before else 0
+        about = f", about {clock(left)} left" if left else ""
+        typer.echo(f"{stage}: {done:,} of {of:,} {unit}{f', {told}' if told else ''}{about}", err=True)
 
     return tell
 

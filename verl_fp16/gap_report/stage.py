@@ -71,7 +71,7 @@ def sample(
         raw_log_probs=side["raw"],
         **engine,
     )
-    tell(found=sorted(sampler.weight_dtypes()))
+    tell(found=sorted(sampler.weight_dtypes()), done=len(done), of=total)
     rows = _requests(Path(work) / folder.PROMPTS, sampler, samples, done, lengths, seed)
     columns = _Columns(target, folder.tokens_schema())
     for number, (request, (answer,)) in enumerate(sampler.sample(rows), len(done) + 1):

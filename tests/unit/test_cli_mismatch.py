@@ -1,0 +1,276 @@
+"""The command mismatch with both sides faked: its numbers, what goes on after a stop, a line for a wrong input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+
+import gap_fakes
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from evidence_samples import evidence, token, written
+from gap_fakes import FakeSampler, FakeTrainingSide
+from typer.testing import CliRunner
+
+from verl_fp16.cli.app import app
+from verl_fp16.gap_report import driver, folder, stage
+
+PROMPTS = 6
+
+
+@pytest.fixture
+def faked(monkeypatch, tmp_path, tiny_model):
+    gap_fakes.put_in_place(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("".join(f"{number}+1=\n\n" for number in range(PROMPTS)))
+    return tiny_model
+
+
+def mismatch(model, *options: str, output: str = "out", prompts: str = "prompts.txt"):
+    return CliRunner().invoke(app, ["mismatch", str(model), "--prompts", prompts, "-o", output, *options])
+
+
+def refused(result, code: int = 2) -> str:
+    assert result.exit_code == code and result.stdout == "", (result.output, result.exception)
+    assert "Traceback" not in result.stderr
+    return result.stderr.splitlines()[-1].removeprefix("verl-fp16: ")
+
+
+def read(output: str = "out") -> dict:
+    return json.loads(open(f"{output}/mismatch.json").read(), parse_constant=pytest.fail)
+
+
+OPTIONS = ("--samples", "20", "--max-tokens", "24")
+
+
+def test_the_numbers_are_those_of_the_tokens(faked, tmp_path):
+    result = mismatch(faked, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    found = read()["measurements"]
+    rows = pq.read_table(tmp_path / "out" / "sequences.parquet").to_pylist()
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        mine = [row for row in rows if row["measurement"] == name]
+        assert [row["sample"] for row in mine] == list(range(PROMPTS * 20))
+        sides = {}
+        for part in folder.parts(tmp_path / "out" / "tokens" / name):
+            columns = folder.read_part(part)
+            for sample, answer in zip(columns["sample"], columns["answer"], strict=True):
+                sides[sample] = [gap_fakes.log_prob(answer, dtype, salt).astype(float) for salt in (1, 2)]
+        for row in mine:
+            mu, pi = sides[row["sample"]]
+            assert row["length"] == len(mu)
+            assert row["log_ratio"] == pytest.approx(math.fsum(pi - mu), abs=1e-12)
+            assert row["abs_sum"] == pytest.approx(math.fsum(abs(mu - pi)), abs=1e-12)
+            assert row["k3_sum"] == pytest.approx(math.fsum(np.expm1(pi - mu) + mu - pi), rel=1e-9, abs=1e-12)
+        d = np.concatenate([mu - pi for mu, pi in sides.values()])
+        values = found[name]["intervals"]
+        assert found[name]["tokens"] == len(d)
+        assert values["log_prob_abs_diff_mean"]["value"] == pytest.approx(abs(d).mean())
+        assert found[name]["statistics"]["log_prob_abs_diff_mean"] == pytest.approx(abs(d).mean())
+        assert found[name]["statistics"]["k3"] == pytest.approx(values["k3"]["value"])
+        assert values["k3"]["low"] < values["k3"]["value"] < values["k3"]["high"]
+        assert found[name]["found"] == {
+            "rollout": [dtype],
+            "training": {"autocast": dtype, "weights": [dtype]},
+        }
+        cut = [row["cut"] for row in mine]
+        assert found[name]["cut_share"] == pytest.approx(np.mean(cut)) and any(cut)
+    factors = found["fp16"]["factors of bf16 over it"]
+    assert factors["log_prob_abs_diff_mean"]["value"] == pytest.approx(
+        found["bf16"]["statistics"]["log_prob_abs_diff_mean"] / found["fp16"]["statistics"]["log_prob_abs_diff_mean"]
+    )
+    header, *lines = [line.split("\t") for line in result.stdout.splitlines() if "\t" in line]
+    assert header[0] == "training/rollout" and [line[0] for line in lines] == ["bf16", "fp16"]
+    assert f"{int(np.mean(cut) * 1000) / 10:.0f}" in result.stdout and "of the answers were cut" in result.stdout
+    assert (tmp_path / "out" / "mismatch.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_interrupted_run_goes_on_and_comes_to_the_same(faked, monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "_SEQUENCES_OF_A_PART", 8)
+    FakeSampler.stop_after = 50
+    assert refused(mismatch(faked, *OPTIONS), 130).startswith("interrupted; what was done is in out")
+    kept = list(folder.samples(tmp_path / "out" / "tokens" / "bf16"))
+    assert len(kept) == 48 and not (tmp_path / "out" / "mismatch.json").exists()
+    FakeSampler.stop_after = None
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    assert list(folder.samples(tmp_path / "out" / "tokens" / "bf16"))[:48] == kept, "what was kept is not done again"
+    assert mismatch(faked, *OPTIONS, output="once").exit_code == 0
+    twice, once = read()["measurements"], read("once")["measurements"]
+    for name in once:
+        for statistic in ("tokens", "k3", "log_prob_abs_diff_mean"):
+            assert twice[name]["statistics"][statistic] == pytest.approx(once[name]["statistics"][statistic])
+        assert twice[name]["intervals"]["k3"] == pytest.approx(once[name]["intervals"]["k3"])
+
+
+def test_nothing_is_done_twice_and_another_precision_is_added(faked):
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    made = len(FakeSampler.made), len(FakeTrainingSide.made)
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    assert (len(FakeSampler.made), len(FakeTrainingSide.made)) == made == (2, 2)
+    assert mismatch(faked, *OPTIONS, "--precision", "bf16,fp16/bf16,fp32").exit_code == 0
+    assert [sampler["dtype"] for sampler in FakeSampler.made[2:]] == ["float32"]
+    assert [dtype for dtype, *_ in FakeTrainingSide.made[2:]] == ["float16", "float32"]
+    assert list(read()["measurements"]) == ["bf16", "fp16/bf16", "fp32"]
+
+
+def test_a_scoring_that_stopped_between_parts_goes_on(faked, monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "_SEQUENCES_OF_A_PART", 8)
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    target = tmp_path / "out" / "training" / "bf16@bf16"
+    gone = folder.parts(target)[3]
+    before = read()
+    gone.unlink()
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    assert gone.exists() and read() == before
+
+
+def test_the_same_tokens_for_all(faked, tmp_path):
+    result = mismatch(faked, *OPTIONS, "--same-tokens", "--precision", "fp16,bf16")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out" / "tokens").iterdir()) == ["fp16"]
+    assert sorted(path.name for path in (tmp_path / "out" / "rollout").iterdir()) == ["bf16@fp16", "fp16@fp16"]
+    found = read()["measurements"]
+    assert found["fp16"]["tokens"] == found["bf16"]["tokens"]
+    factor = found["bf16"]["factors of fp16 over it"]["log_prob_abs_diff_mean"]
+    assert factor["value"] == pytest.approx(1 / 8, rel=0.1) and factor["high"] < 0.15
+
+
+def test_lengths_are_drawn_as_they_were_asked_for(faked, tmp_path):
+    assert mismatch(faked, "--samples", "20", "--lengths", "5:20").exit_code == 0
+    lengths = [row["length"] for row in pq.read_table(tmp_path / "out" / "sequences.parquet").to_pylist()]
+    assert set(lengths) == set(range(5, 21))
+    assert read()["measurements"]["bf16"]["cut_share"] == 0
+
+
+def test_the_ladder_has_a_row_for_each_cause(faked, tmp_path):
+    result = mismatch(faked, "--samples", "4", "--max-tokens", "24", "--ladder")
+    assert result.exit_code == 0, result.output
+    from verl_fp16.gap_report.sides import ladder
+
+    assert list(read()["measurements"]) == [row.name for row in ladder()]
+    assert ("bfloat16", True, 1.0) in [made[:3] for made in FakeTrainingSide.made]
+    assert ("float16", False, 0.6) in [made[:3] for made in FakeTrainingSide.made]
+    rounded = [made for made in FakeSampler.made if made["model"] != faked]
+    assert [made["dtype"] for made in rounded] == ["float16"]
+    assert [made["temperature"] for made in FakeSampler.made if made.get("raw_log_probs")] == [0.6]
+    assert [made["top_p"] for made in FakeSampler.made if made.get("top_p", 1.0) != 1.0] == [0.8]
+    assert (tmp_path / "out" / "ladder.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_weights_are_rounded_once_and_kept_in_float32(faked, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    from verl_fp16.gap_report.rounding import round_weights
+
+    target = round_weights(faked, "bfloat16", tmp_path / "rounded")
+    before, after = load_file(faked / "model.safetensors"), load_file(target / "model.safetensors")
+    assert all(torch.equal(after[name], before[name].bfloat16().float()) for name in before)
+    assert any(not torch.equal(after[name], before[name].float()) for name in before)
+    assert {path.name for path in target.iterdir()} == {path.name for path in faked.iterdir()}
+    time = (target / "model.safetensors").stat().st_mtime_ns
+    assert (round_weights(faked, "bfloat16", target) / "model.safetensors").stat().st_mtime_ns == time
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (("--precision", "fp8"), "--precision fp8: it has to be fp16, bf16, fp32, or TRAINING/ROLLOUT"),
+        (("--lengths", "9:3"), "--lengths 9:3: it has to be LEAST:MOST"),
+        (("--strategy", "ddp"), "--strategy ddp: it has to be fsdp2 or fsdp"),
+        (("--max-tokens", "500"), "row 0: the prompt has 4 tokens, and beside its answer the model has room for -372"),
+        (("--from-run", "x"), "--from-run takes what a run has written: leave MODEL"),
+    ),
+)
+def test_a_wrong_option_is_one_line(faked, options, message):
+    assert message in refused(mismatch(faked, *options))
+
+
+def test_wrong_files_are_one_line(faked, tmp_path):
+    assert "there is no such file" in refused(mismatch(faked, prompts="none.txt"))
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty.txt: the file is empty" in refused(mismatch(faked, prompts="empty.txt"))
+    (tmp_path / "blank.txt").write_text("\n\n")
+    assert "blank.txt: there is no prompt in it" in refused(mismatch(faked, prompts="blank.txt", output="blank"))
+    (tmp_path / "other.jsonl").write_text('{"question": "1+1="}\n')
+    told = refused(mismatch(faked, prompts="other.jsonl", output="other"))
+    assert "other.jsonl, line 1: there is no column prompt" in told
+    assert "no-model" in refused(mismatch(tmp_path / "no-model"))
+    told = refused(CliRunner().invoke(app, ["mismatch"]))
+    assert told == "name a MODEL and --prompts FILE, or a run's folder with --from-run"
+
+
+def test_a_folder_of_another_measurement_is_left_alone_until_restart(faked):
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    before = read()
+    told = refused(mismatch(faked, *OPTIONS, "--seed", "1"))
+    assert "out was begun with something else (seed was 0 and is 1)" in told and "--restart" in told
+    assert read() == before
+    assert mismatch(faked, *OPTIONS, "--seed", "1", "--restart").exit_code == 0
+    assert read()["made_of"]["seed"] == 1
+
+
+def test_a_full_disk_is_one_line_and_what_was_done_is_kept(faked, monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "_SEQUENCES_OF_A_PART", 8)
+    whole = pq.write_table
+    written_so_far = []
+
+    def full_after_five(table, file, **options):
+        if len(written_so_far) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        written_so_far.append(file)
+        whole(table, file, **options)
+
+    monkeypatch.setattr(pq, "write_table", full_after_five)
+    told = refused(mismatch(faked, *OPTIONS))
+    assert "it cannot be written (No space left on device); what was done so far is kept" in told
+    assert len(folder.parts(tmp_path / "out" / "tokens" / "bf16")) == 5
+    monkeypatch.setattr(pq, "write_table", whole)
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+
+
+def test_tokens_that_are_not_finite_are_counted_and_left_out(faked, monkeypatch):
+    rule = gap_fakes.log_prob
+
+    def with_faults(tokens, dtype, salt):
+        values = rule(tokens, dtype, salt)
+        if salt == 2 and dtype == "float16":
+            values[np.asarray(tokens) < 20] = -np.inf
+        return values
+
+    monkeypatch.setattr(gap_fakes, "log_prob", with_faults)
+    result = mismatch(faked, *OPTIONS)
+    found = read()["measurements"]["fp16"]["statistics"]
+    assert found["nonfinite_training"] > 50 and found["k3"] < 1e-4
+    assert f"fp16: {int(found['nonfinite_training'])} log-probabilities are not finite" in result.stdout
+    monkeypatch.setattr(gap_fakes, "log_prob", lambda t, *_: np.full(len(t), np.nan, np.float32))
+    assert "no token has two finite log-probabilities" in refused(mismatch(faked, *OPTIONS, output="nan"))
+
+
+def test_what_a_run_has_written(faked, tmp_path):
+    for step in (3, 12):
+        written(tmp_path / "a" / "verl_fp16" / "mismatch", step, token(0), token(1), of=evidence(token(0), sequences=9))
+    result = CliRunner().invoke(app, ["mismatch", "--from-run", "BF16=a", "--from-run", "a", "-o", "out"])
+    assert result.exit_code == 0, result.output
+    found = read()["measurements"]
+    assert list(found) == ["BF16", "a"] and found["a"]["sequences"] == 18
+    # Of evidence_samples: a sequence of row r has 40 - r tokens and a log-ratio of -r / 2.
+    assert found["a"]["intervals"]["seq_kl"]["value"] == pytest.approx(2.0)
+    assert found["a"]["intervals"]["slope_per_1k_tokens"]["value"] == pytest.approx(500.0)
+    assert "a sample of the sequences of 2 steps (3 to 12), and its worst tokens" in result.stdout
+    told = refused(CliRunner().invoke(app, ["mismatch", "--from-run", "none", "-o", "o"]))
+    assert "none" in told
+
+
+def test_a_stage_that_dies_is_one_line_with_its_log(tmp_path, monkeypatch):
+    from verl_fp16.gap_report.errors import GapError
+    from verl_fp16.gap_report.folder import WorkFolder
+
+    work = WorkFolder(tmp_path / "work", {"seed": 0})
+    spec = {"stage": "no such stage", "total": 3}
+    with pytest.raises(GapError, match=r"a stage ended with code 1; its output is in .*stages.log"):
+        driver._stage(work, work.tokens("fp16"), spec, "a stage", lambda *told: None)
+    assert "KeyError: 'no such stage'" in (work.path / driver.LOG).read_text()
