@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""torch's name of each precision."""
+
 # Enough requests to fill the engine's batch while finished ones are looked at.
 _BATCHES_IN_FLIGHT = 2
 

@@ -54,8 +54,3 @@ def test_a_set_is_made_in_two_goes_as_in_one(tiny_model, folder):
     # A token that lies on the edge may fall to the other side where others are sampled beside it.
     assert len(once) == len(twice) == 24 and len(set(once) & set(twice)) >= 22
     assert len({json.loads(line)["correct"] for line in once}) > 1
-
-
-def test_a_dtype_that_vllm_refuses_is_one_line(tiny_model, folder):
-    done = run(tiny_model, folder, "refused", "--dtype", "float12")
-    assert done.returncode == 2 and "vLLM does not run" in done.stderr and "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -45,12 +46,11 @@ class Sampler:
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
+def command(tmp_path, monkeypatch, tiny_model):
     monkeypatch.setattr(sampling, "Sampler", Sampler)
     monkeypatch.setattr(Sampler, "asked", [])
     monkeypatch.setattr(Sampler, "interrupt_after", None)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    shutil.copytree(tiny_model, tmp_path / "model")
     rows = [
         {"data_source": "d", "prompt": [{"role": "user", "content": str(n)}], "reward_model": {"ground_truth": "yes"}}
         for n in range(QUESTIONS)
@@ -121,6 +121,7 @@ def test_a_limit_can_be_raised_later(command):
 @pytest.mark.parametrize(
     ("more", "message"),
     (
+        (["--precision", "fp8"], "--precision fp8: it has to be fp16, bf16, fp32"),
         (["--low", "0.9"], "0 <= low <= high <= 1"),
         (["--reward", "nothing.py:f"], "there is no file nothing.py"),
         (["--data", "none.parquet"], "none.parquet: there is no such file"),
@@ -134,9 +135,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(command, more, message):
 
 
 def test_a_folder_that_is_no_model_is_named(command):
-    (command.folder / "model" / "config.json").unlink()
+    (command.folder / "model" / "model.safetensors").unlink()
     done = command()
-    assert done.exit_code == 2 and "there is no config.json in it" in done.output
+    assert done.exit_code == 2 and "it has a config.json and no weights" in done.output
 
 
 def question(content: str, source: str = "d") -> dict:

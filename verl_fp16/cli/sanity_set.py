@@ -44,7 +44,7 @@ def sanity_set(
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many questions, the first ones.")] = None,
     skip_long: Annotated[bool, typer.Option("--skip-long", help="Pass over questions that are too long.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="float16, bfloat16 or float32.")] = "float16",
+    precision: Annotated[str, typer.Option("--precision", help="fp16, bf16 or fp32, of vLLM.")] = "fp16",
     gpu_memory_utilization: Annotated[float, typer.Option("--gpu-memory-utilization", min=0.0, max=1.0)] = 0.9,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", min=1)] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever is in the folder.")] = False,
@@ -67,7 +67,7 @@ def sanity_set(
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
-        "dtype": dtype,
+        "precision": precision,
     }
     engine = {"gpu_memory_utilization": gpu_memory_utilization, "tensor_parallel_size": tensor_parallel_size}
     try:
@@ -92,14 +92,17 @@ def _make(
     sampled: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
+    from verl_fp16.preflight.shards import open_model
+    from verl_fp16.sampling import DTYPES
     from verl_fp16.sanity_set import progress, questions, selection
     from verl_fp16.sanity_set.errors import SanitySetError
     from verl_fp16.sanity_set.reward import load_reward
 
     bounds = selection.Bounds(*share)
     reward = load_reward(named_reward)
-    if not (model / "config.json").is_file():
-        raise SanitySetError(f"{model}: there is no config.json in it. Give the folder of a Hugging Face model")
+    if sampled["precision"] not in DTYPES:
+        raise SanitySetError(f"--precision {sampled['precision']}: it has to be {', '.join(DTYPES)}")
+    model = open_model(model).path
     # The whole file is looked through before anything is loaded: a row that is wrong costs no hour of sampling.
     total = sum(1 for _ in questions.read(data))
     total = total if limit is None else min(total, limit)
@@ -138,12 +141,13 @@ def _count(
     """Sample and judge what is not counted yet, up to the row ``total``."""
     from itertools import islice
 
-    from verl_fp16.sampling import Sampler
+    from verl_fp16.sampling import DTYPES, Sampler
     from verl_fp16.sanity_set import questions
     from verl_fp16.sanity_set.progress import Counted
 
-    names = ("answers", "max_tokens", "temperature", "top_p", "dtype")
-    sampler = Sampler(model, **{name: sampled[name] for name in names}, **engine)
+    names = ("answers", "max_tokens", "temperature", "top_p")
+    dtype = DTYPES[sampled["precision"]]
+    sampler = Sampler(model, dtype=dtype, **{name: sampled[name] for name in names}, **engine)
     rows = (question for question in islice(questions.read(data), total) if question.row not in kept.counted)
     right = seen = 0
     with stages_shown("questions") as tell:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from verl_fp16.gap_report.errors import GapError
-
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+from verl_fp16.sampling import DTYPES
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from verl_fp16.gap_report import folder
 from verl_fp16.gap_report.errors import GapError
-from verl_fp16.gap_report.sides import DTYPES
+from verl_fp16.sampling import DTYPES
 
 Tell = Callable[..., None]
 FAILED = 2
