@@ -5,7 +5,7 @@ STAMP := .venv/.setup-done
 # Tests start some hundred processes that import verl: 3 s each with cached bytecode, 10 s where a shell forbids it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup quickstart test test-fast lint clean
+.PHONY: setup quickstart compare test test-fast lint clean
 
 setup: $(STAMP)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from verl_fp16.gap_report import folder
 from verl_fp16.gap_report.errors import GapError
-from verl_fp16.sampling import DTYPES
+from verl_fp16.sampling import DTYPES, Request
 
 Tell = Callable[..., None]
 FAILED = 2
@@ -73,27 +73,30 @@ def sample(
     )
     tell(found=sorted(sampler.weight_dtypes()), done=len(done), of=total)
     rows = _requests(Path(work) / folder.PROMPTS, sampler, samples, done, lengths, seed)
+    for number, _ in enumerate(keep_samples(sampler, rows, target), len(done) + 1):
+        tell(done=number, of=total)
+
+
+def keep_samples(sampler: Any, rows: Iterable[Request], target: Path) -> Iterator[None]:
+    """Write one answer of each request to ``target``, in parts; yields after each."""
     columns = _Columns(target, folder.tokens_schema())
-    for number, (request, (answer,)) in enumerate(sampler.sample(rows), len(done) + 1):
-        # The first of a response whose length was fixed is no other than that of one that ended.
+    for request, (answer,) in sampler.sample(rows):
         columns.add(
             len(answer.tokens),
             sample=request.key,
             prompt=list(request.tokens),
             answer=answer.tokens,
             log_mu=answer.log_probs,
-            cut=answer.cut and request.length is None,
+            cut=answer.cut and request.length is None,  # an answer whose length was given is whole
         )
-        tell(done=number, of=total)
+        yield
     columns.flush()
 
 
 def _requests(
     prompts: Path, sampler: Any, samples: int, done: set[int], lengths: list[int] | None, seed: int
-) -> Iterator[Any]:
+) -> Iterator[Request]:
     import random
-
-    from verl_fp16.sampling import Request
 
     for row, tokens in _prompts(prompts):
         if (room := sampler.room(tokens)) < 0:
