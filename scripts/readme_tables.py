@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the README's generated tables, or check that they are current.
+"""Write the generated tables of README and docs, or check that they are current.
 
 Measurements come from the files under benchmarks/results, the hooks from their records, the versions from the pins.
 
@@ -19,7 +19,7 @@ from verl_fp16.hooks import HOOKS  # noqa: E402
 from verl_fp16.patching import Hook  # noqa: E402
 from verl_fp16.releases import SUPPORTED_VERL  # noqa: E402
 
-README = ROOT / "README.md"
+README, GAP = ROOT / "README.md", ROOT / "docs" / "gap.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 _ROWS = {
@@ -141,40 +141,123 @@ def scaler_table() -> str:
     )
 
 
+def _bounds(value: dict, form: str) -> str:
+    """As :func:`_interval`, of what ``verl-fp16 mismatch`` writes."""
+    return f"{value['value']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+
+
+_OF_A_GAP = (
+    ("log_prob_abs_diff_mean", "mean \\|Δ log p\\|, nats", ".2e"),
+    ("k3", "k3, nats", ".1e"),
+    ("slope_per_1k_tokens", "slope of log(π/μ) per 1,000 tokens", "+.2f"),
+)
+
+
+def _gap_rows(measurements: dict, statistics: tuple) -> list[str]:
+    lines = [f"| training/rollout | {' | '.join(label for _, label, _ in statistics)} |", "|---" * 4 + "|"]
+    for name, one in measurements.items():
+        cells = [_bounds(one["intervals"][key], form) for key, _, form in statistics]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _made(result: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['date']}, {result['machine']}; {versions}."
+
+
+def compare_table() -> str:
+    """Both quickstarts, and the gap on the same tokens, from ``compare-cpu.json``."""
+    result = json.loads((RESULTS / "compare-cpu.json").read_text())
+    lines = [
+        "| precision | validation accuracy before | after | mean \\|Δ log p\\| of the run | skipped | time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in result["runs"].items():
+        skipped = "-" if run["skipped_steps"] is None else run["skipped_steps"]
+        minutes, seconds = divmod(round(run["seconds"]), 60)
+        lines.append(
+            f"| {name} | {_accuracy(run, 'before')} | {_accuracy(run, 'after')} | {run['log_prob_gap_mean']:.2e} | "
+            f"{skipped} | {minutes} min {seconds:02d} s |"
+        )
+    first, lengths = next(iter(result["mismatch"].values())), result["lengths"].replace(":", " to ")
+    factors = result["factors"]
+    bf16, fp16 = (0 if _spans_zero(result["mismatch"][name]) else 1 for name in ("bf16", "fp16"))
+    told = {
+        (1, 0): "The slope's interval contains 0 for FP16 and not for BF16.",
+        (0, 0): "Both slopes' intervals contain 0: a model of this size does not show the slope that the paper found.",
+        (1, 1): "Neither slope's interval contains 0.",
+        (0, 1): "The slope's interval contains 0 for BF16 and not for FP16.",
+    }[bf16, fp16]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The same {first['tokens']:,} tokens, {first['sequences']} answers of {lengths} tokens, for both:",
+            "",
+            *_gap_rows(result["mismatch"], _OF_A_GAP),
+            "",
+            f"BF16 over FP16: {_bounds(factors['log_prob_abs_diff_mean'], '.1f')} in |Δ log p|, "
+            f"{_bounds(factors['k3'], '.0f')} in k3. {told} {_made(result)}",
+        ]
+    )
+
+
+def _spans_zero(one: dict) -> bool:
+    slope = one["intervals"]["slope_per_1k_tokens"]
+    return slope["low"] <= 0 <= slope["high"]
+
+
+def ladder_table() -> str:
+    """A row for each cause, from ``ladder-cpu.json``."""
+    result = json.loads((RESULTS / "ladder-cpu.json").read_text())
+    statistics = (*_OF_A_GAP[:2], ("seq_kl", "sequence KL, nats", ".2g"))
+    return "\n".join([*_gap_rows(result["mismatch"], statistics), "", f"{_tokens(result)} {_made(result)}"])
+
+
+def _tokens(result: dict) -> str:
+    first = next(iter(result["mismatch"].values()))
+    return f"{first['tokens']:,} tokens of {first['sequences']} answers, {result['lengths'].replace(':', ' to ')} each;"
+
+
 TABLES = {
-    "gap": gap_table,
-    "quickstart": quickstart_table,
-    "scaler": scaler_table,
-    "hooks": hooks_table,
-    "versions": versions_table,
+    README: {
+        "gap": gap_table,
+        "quickstart": quickstart_table,
+        "compare": compare_table,
+        "scaler": scaler_table,
+        "hooks": hooks_table,
+        "versions": versions_table,
+    },
+    GAP: {"ladder": ladder_table},
 }
 
 
-def render(text: str) -> str:
-    """``text`` with every generated block replaced by what the result files say.
+def render(page: Path) -> str:
+    """A page's text with every generated block replaced by what the result files say.
 
     Raises:
         ValueError: a block is missing.
     """
-    for name, table in TABLES.items():
+    text = page.read_text()
+    for name, table in TABLES[page].items():
         begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
         block = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
         if not block.search(text):
-            raise ValueError(f"README.md has no block {begin} ... {end}")
+            raise ValueError(f"{page.name} has no block {begin} ... {end}")
         content = f"{begin}\n{table()}\n{end}"
         text = block.sub(lambda _, content=content: content, text)
     return text
 
 
 def main() -> int:
-    before = README.read_text()
-    after = render(before)
+    stale = {page: text for page in TABLES if (text := render(page)) != page.read_text()}
     if "--check" in sys.argv[1:]:
-        if after != before:
-            print("README.md is stale: run scripts/readme_tables.py", file=sys.stderr)
-            return 1
-        return 0
-    README.write_text(after)
+        for page in stale:
+            print(f"{page.name} is stale: run scripts/readme_tables.py", file=sys.stderr)
+        return 1 if stale else 0
+    for page, text in stale.items():
+        page.write_text(text)
     return 0
 
 

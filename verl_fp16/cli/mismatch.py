@@ -223,7 +223,7 @@ def _show(results: Results, output: Path, title: str, ladder: bool) -> None:
     typer.echo(_slopes(results))
     panels = [
         figure.Panel(one.name, one.tokens, one.sequences, results.intervals[one.name]["slope_per_1k_tokens"])
-        for one in results.measured[:_PANELS]
+        for one in results.measured[: 2 if ladder else _PANELS]
     ]
     pictures = [figure.draw(panels, output / PICTURE, title)]
     if ladder:

@@ -11,6 +11,7 @@ import numpy as np
 from verl_fp16.gap_report.analysis import Interval, Sequences
 
 _COLOURS = ("#c8553d", "#2a78b5", "#5b8c5a", "#7d5ba6")
+_OF_TRAINING = {"bf16": _COLOURS[0], "fp16": _COLOURS[1], "fp32": "#777777"}
 _BINS = 200
 
 
@@ -84,7 +85,11 @@ def _draw_sequences(axes, panel: Panel, colour: str) -> None:
 def draw_ladder(
     intervals: Mapping[str, Mapping[str, Interval]], statistics: Sequence[tuple[str, str]], file: Path, title: str
 ) -> Path:
-    """A row for each measurement, a panel for each statistic (name, label), on a logarithmic scale with intervals."""
+    """A row for each measurement, a panel for each statistic (name, label), logarithmic, with intervals.
+
+    Args:
+        intervals: by names that begin with the precision of training.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -96,8 +101,7 @@ def draw_ladder(
         for place, name in enumerate(names):
             interval = intervals[name][statistic]
             if interval.value > 0:
-                colour = _COLOURS[1] if name.startswith("fp16") else _COLOURS[0]
-                colour = "#777777" if name.startswith("fp32") else colour
+                colour = _OF_TRAINING[name[:4]]
                 axis.plot((max(interval.low, 1e-300), interval.high), (place, place), color=colour, lw=2, alpha=0.6)
                 axis.plot(interval.value, place, "o", color=colour, ms=6)
         axis.set_xscale("log")
@@ -107,6 +111,10 @@ def draw_ladder(
             axis.spines[side].set_visible(False)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
+    dots = [
+        axes[0].plot([], [], "o", color=colour, label=f"{name} training")[0] for name, colour in _OF_TRAINING.items()
+    ]
+    figure.legend(handles=dots, loc="outside lower center", ncols=len(dots), frameon=False)
     figure.suptitle(title, fontsize=12)
     figure.savefig(file, dpi=150)
     return file
