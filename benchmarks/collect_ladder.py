@@ -1,7 +1,7 @@
-"""What ``verl-fp16 mismatch --ladder`` found, into ``benchmarks/results/ladder-cpu.json``, for the table of docs/gap.md.
+"""What ``verl-fp16 mismatch --ladder`` found, into benchmarks/results/ladder-cpu.json, for the table of docs/gap.md.
 
-    verl-fp16 mismatch outputs/quickstart/model --prompts outputs/quickstart/data/train.parquet --limit 64 --samples 4 \\
-        --lengths 20:400 --ladder --output outputs/ladder
+    verl-fp16 mismatch outputs/quickstart/model --prompts outputs/quickstart/data/train.parquet --limit 64 \\
+        --samples 4 --lengths 20:400 --ladder --output outputs/ladder
     python benchmarks/collect_ladder.py outputs/ladder
 """
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from verl_fp16.cli import progress
@@ -55,3 +58,24 @@ def test_a_bar_on_a_terminal_ends_where_its_stage_does(monkeypatch, capsys):
 @pytest.mark.parametrize(("seconds", "told"), ((5, "0:05"), (65.4, "1:05"), (3600, "1:00:00"), (7325, "2:02:05")))
 def test_time_is_written_as_a_clock_shows_it(seconds, told):
     assert progress.clock(seconds) == told
+
+
+def test_what_is_printed_goes_to_the_file_and_progress_to_where_stderr_was(tmp_path):
+    code = f"""
+import os, subprocess, sys
+from pathlib import Path
+from verl_fp16.cli.progress import output_goes_to, stages_shown
+
+print("before")
+with output_goes_to(Path({str(tmp_path / "log")!r})) as stderr, stages_shown("questions", stderr) as tell:
+    tell("sampling", 1, 2)
+    print("a line of the library")
+    os.write(2, b"another\\n")
+    subprocess.run(["sh", "-c", "echo of a child"])
+print("after")
+print("an error", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["before", "after"]
+    assert done.stderr.splitlines() == ["sampling: 1 of 2 questions", "an error"]
+    assert sorted((tmp_path / "log").read_text().splitlines()) == ["a line of the library", "another", "of a child"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
 
 import typer
 
@@ -18,19 +21,48 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def stages_shown(unit: str) -> Iterator[Tell]:
+def output_goes_to(file: Path) -> Iterator[TextIO]:
+    """What this process and its children print goes to the end of ``file``; gives a stream to where stderr was.
+
+    Libraries print on the descriptors, past ``sys.stderr``.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        before = os.dup(sys.stdout.fileno()), os.dup(sys.stderr.fileno())
+    except (OSError, ValueError):  # they are no files here: nothing to send elsewhere
+        yield sys.stderr
+        return
+    places = sys.stdout.fileno(), sys.stderr.fileno()
+    with open(file, "ab") as log, os.fdopen(os.dup(before[1]), "w", buffering=1) as stderr:
+        try:
+            for place in places:
+                os.dup2(log.fileno(), place)
+            yield stderr
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for place, was in zip(places, before, strict=True):
+                os.dup2(was, place)
+                os.close(was)
+
+
+@contextmanager
+def stages_shown(unit: str, stream: TextIO | None = None) -> Iterator[Tell]:
     """Show one stage after the other. Speed counts from the last time that a stage's first number was told.
 
     Args:
         unit: what is counted, in the plural.
+        stream: where to; stderr without it.
     """
-    if is_terminal(sys.stderr):
-        yield from _bars()
+    stream = sys.stderr if stream is None else stream
+    if is_terminal(stream):
+        yield from _bars(stream)
     else:
-        yield _lines(unit)
+        yield _lines(unit, stream)
 
 
-def _bars() -> Iterator[Tell]:
+def _bars(stream: TextIO) -> Iterator[Tell]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -50,7 +82,7 @@ def _bars() -> Iterator[Tell]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(file=stream)) as progress:
         tasks: dict[str, int] = {}
         first: dict[str, int] = {}
 
@@ -64,7 +96,7 @@ def _bars() -> Iterator[Tell]:
         yield tell
 
 
-def _lines(unit: str) -> Tell:
+def _lines(unit: str, stream: TextIO) -> Tell:
     began: dict[str, tuple[float, int]] = {}
     ended: set[str] = set()
     last = 0.0
@@ -82,7 +114,7 @@ def _lines(unit: str) -> Tell:
             ended.add(stage)
         left = (now - began[stage][0]) / (done - before) * (of - done) if done > before else 0
         about = f", about {clock(left)} left" if left else ""
-        typer.echo(f"{stage}: {done:,} of {of:,} {unit}{f', {told}' if told else ''}{about}", err=True)
+        typer.echo(f"{stage}: {done:,} of {of:,} {unit}{f', {told}' if told else ''}{about}", file=stream)
 
     return tell
 

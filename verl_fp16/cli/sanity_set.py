@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from verl_fp16.cli.output import fail
-from verl_fp16.cli.progress import stages_shown
+from verl_fp16.cli.progress import output_goes_to, stages_shown
 
 if TYPE_CHECKING:
     from verl_fp16.sampling import Sampler
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from verl_fp16.sanity_set.reward import Reward
 
 INTERRUPTED = 130
-PROGRESS = "progress.jsonl"
+PROGRESS, LOG = "progress.jsonl", "vllm.log"
 # Answers of a question have the seeds that follow its own.
 _SEEDS_OF_A_QUESTION = 2**12
 
@@ -147,10 +147,11 @@ def _count(
 
     names = ("answers", "max_tokens", "temperature", "top_p")
     dtype = DTYPES[sampled["precision"]]
-    sampler = Sampler(model, dtype=dtype, **{name: sampled[name] for name in names}, **engine)
     rows = (question for question in islice(questions.read(data), total) if question.row not in kept.counted)
     right = seen = 0
-    with stages_shown("questions") as tell:
+    with output_goes_to(kept.file.with_name(LOG)) as stderr, stages_shown("questions", stderr) as tell:
+        tell("sampling", len(kept.counted), total)
+        sampler = Sampler(model, dtype=dtype, **{name: sampled[name] for name in names}, **engine)
         tell("sampling", len(kept.counted), total)
         for request, found in sampler.sample(_requests(sampler, rows, sampled["seed"], skip_long)):
             question = request.key
