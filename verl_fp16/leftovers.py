@@ -62,6 +62,16 @@ def remove_shared_memory(folder: Path, before: Mapping[str, int]) -> list[str]:
 
 
 @contextlib.contextmanager
+def shared_memory_given_back(folder: Path = Path("/dev/shm")) -> Iterator[None]:
+    """Remove at the end what was made in ``folder`` meanwhile and no live process uses: vLLM leaves files when killed."""
+    before = shared_memory_files(folder)
+    try:
+        yield
+    finally:
+        remove_shared_memory(folder, before)
+
+
+@contextlib.contextmanager
 def ray_temp_dir() -> Iterator[Path]:
     """Make a temporary directory for Ray (`ray.init(_temp_dir=...)`), and delete it with its contents at the end.
 

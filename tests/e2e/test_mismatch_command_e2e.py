@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from verl_fp16.gap_report import folder
+from verl_fp16.leftovers import shared_memory_files
 
 PROMPTS, SAMPLES = 6, 8
 
@@ -33,6 +34,7 @@ def start(model: Path, place: Path) -> subprocess.Popen[str]:
 
 def test_interrupted_gone_on_with_and_what_theory_says(sharp_model, place):
     tokens = place / "out" / "tokens"
+    shared_memory = shared_memory_files(Path("/dev/shm"))
     first = start(sharp_model, place)
     deadline = time.monotonic() + 300
     while not folder.parts(tokens / "bf16") and time.monotonic() < deadline and first.poll() is None:
@@ -46,6 +48,7 @@ def test_interrupted_gone_on_with_and_what_theory_says(sharp_model, place):
     assert first.returncode == 130, told
     assert told.splitlines()[-1].startswith("verl-fp16: interrupted; what was done is in ")
     assert tree and not [child for child in psutil.wait_procs(tree, timeout=20)[1]], "no process is left"
+    assert shared_memory_files(Path("/dev/shm")) == shared_memory
     sampled = {file: file.stat().st_mtime_ns for file in folder.parts(tokens / "bf16")}
     assert sampled
 

@@ -92,6 +92,7 @@ def _make(
     sampled: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
+    from verl_fp16.leftovers import shared_memory_given_back
     from verl_fp16.preflight.shards import open_model
     from verl_fp16.sampling import DTYPES
     from verl_fp16.sanity_set import progress, questions, selection
@@ -117,9 +118,9 @@ def _make(
     }
     kept = progress.Progress(file, made_of)
     try:
-        missing = total - sum(row < total for row in kept.counted)
-        if missing:
-            _count(model, data, reward, kept, total, skip_long, sampled, engine)
+        if sum(row < total for row in kept.counted) < total:
+            with shared_memory_given_back():
+                _count(model, data, reward, kept, total, skip_long, sampled, engine)
     finally:
         kept.close()
     counted = {row: found for row, found in kept.counted.items() if row < total}

@@ -17,6 +17,7 @@ from verl_fp16.gap_report import folder
 from verl_fp16.gap_report.errors import GapError
 from verl_fp16.gap_report.folder import WorkFolder
 from verl_fp16.gap_report.sides import Measurement
+from verl_fp16.leftovers import shared_memory_given_back
 
 Progress = Callable[[str, int, int], None]
 """Is told what is under way, how many sequences of it are done, and of how many."""
@@ -99,7 +100,7 @@ def _stage(work: WorkFolder, target: Path, spec: dict[str, Any], name: str, tell
     """Run one to its end; its files are whole or not there however it ends."""
     target.mkdir(parents=True, exist_ok=True)
     read, write = os.pipe()
-    with tempfile.TemporaryDirectory() as temporary, open(work.path / LOG, "ab") as log:
+    with shared_memory_given_back(), tempfile.TemporaryDirectory() as temporary, open(work.path / LOG, "ab") as log:
         file = Path(temporary) / "spec.json"
         file.write_text(json.dumps(spec))
         tell(name, 0, spec["total"])
