@@ -63,7 +63,7 @@ def remove_shared_memory(folder: Path, before: Mapping[str, int]) -> list[str]:
 
 @contextlib.contextmanager
 def shared_memory_given_back(folder: Path = Path("/dev/shm")) -> Iterator[None]:
-    """Remove at the end what was made in ``folder`` meanwhile and no live process uses: vLLM leaves files when killed."""
+    """Remove at the end what was made in ``folder`` meanwhile and no live process uses: a killed vLLM leaves files."""
     before = shared_memory_files(folder)
     try:
         yield
