@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
@@ -21,6 +22,15 @@ def fail(message: object, code: int = WRONG_INPUT) -> typer.Exit:
 def is_terminal(stream: TextIO | None) -> bool:
     """Whether this is a terminal; a stream that was closed before the start is None."""
     return stream is not None and stream.isatty()
+
+
+def let_go(stream: TextIO | None) -> None:
+    """Lose what cannot be written: Python would try to at its end once more, and end with 120 for it."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], header: bool = False) -> None:

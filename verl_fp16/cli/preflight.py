@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from verl_fp16.cli.output import fail, is_terminal, print_table
+from verl_fp16.cli.output import fail, is_terminal, let_go, print_table
+from verl_fp16.cli.progress import in_words, reading
 from verl_fp16.preflight.refusals import ModelError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ WORST = 20
 _COLOURS = {"FIT": "green", "AT RISK": "yellow", "UNFIT": "red"}
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 _DISPENSABLE = ("shape", "BF16 error", "stored", "subnormal", "to zero")  # the first to go where it is narrow
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 # click's, or the copy of it that newer releases of typer bring along.
@@ -106,7 +105,7 @@ def _examined(path: Path) -> _Found:
     started = time.monotonic()
     model = open_model(path)
     reports = []
-    with one_thread(), _progress(model) as advance:
+    with one_thread(), reading(model.size) as advance:
         for tensor, pieces in read(model):
             dtype = WEIGHT_DTYPES[tensor.dtype]
             reports.append(examine(tensor.name, tensor.shape, dtype, _counted(pieces, advance)))
@@ -129,59 +128,14 @@ def _end(code: int, message: str | None, as_json: bool) -> typer.Exit:
             if as_json:
                 typer.echo(json.dumps({"verdict": None, "error": message}, indent=2))
     for stream in (sys.stdout, sys.stderr):
-        _let_go(stream)
+        let_go(stream)
     return typer.Exit(code)
-
-
-def _let_go(stream: TextIO | None) -> None:
-    """Lose what cannot be written: Python would try to at its end once more, and end with 120 for it."""
-    try:
-        if stream is not None:
-            stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _counted(pieces: Iterator[Any], advance: Callable[[int], None]) -> Iterator[Any]:
     for piece in pieces:
         yield piece
         advance(piece.nbytes)
-
-
-@contextlib.contextmanager
-def _progress(model: Model) -> Iterator[Callable[[int], None]]:
-    """Show on stderr what is read and how long the rest takes: a bar on a terminal, a line now and then elsewhere."""
-    if not is_terminal(sys.stderr):
-        yield _Lines(model.size)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=model.size)
-        yield lambda size: progress.update(task, advance=size)
-
-
-class _Lines:
-    """A line at the start, and one about every ten seconds."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._started = self._told = time.monotonic()
-        self._tell(f"reading {_size(total)}")
-
-    def __call__(self, size: int) -> None:
-        self._done += size
-        now = time.monotonic()
-        if now - self._told >= _SECONDS_BETWEEN_LINES:
-            self._told = now
-            left = (now - self._started) / self._done * (self._total - self._done)
-            self._tell(f"{self._done / self._total:.0%} read, about {left:.0f} s left")
-
-    def _tell(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # no reason to stop
-            typer.echo(f"verl-fp16: {line}", err=True)
 
 
 def _print(found: _Found, every: bool, as_json: bool) -> None:
@@ -220,7 +174,7 @@ def _show(model: Model, reports: list[TensorReport], verdict: Verdict, every: bo
     total = _total(reports)
     rest = f"; shown are the {len(shown)} worst, --all shows every one" if len(shown) < len(reports) else ""
     tensors = "1 tensor" if len(reports) == 1 else f"{len(reports):,} tensors"
-    typer.echo(f"{tensors}, {total.values:,} weights, {_size(model.size)} in {seconds:.1f} s{rest}")
+    typer.echo(f"{tensors}, {total.values:,} weights, {in_words(model.size)} in {seconds:.1f} s{rest}")
     typer.echo(
         f"in FP16 {total.overflow:,} overflow, {total.non_finite:,} were inf or nan before, "
         f"{_part(total.flushed, total)} become zero, {_part(total.subnormal, total)} subnormal; "
@@ -264,7 +218,7 @@ def _columns(rows: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
         names = [name for name in names if any(row[name] != "0" for row in rows)]
         widths = {name: max(len(name), *(len(row[name]) for row in rows)) + 3 for name in names}
         for name in _DISPENSABLE:
-            if name in names and sum(widths[other] for other in names) >= shutil.get_terminal_size().columns:
+            if name in names and sum(widths[other] for other in names) >= shutil.get_terminalin_words().columns:
                 names.remove(name)
     return names, [[row[name] for name in names] for row in rows]
 
@@ -279,7 +233,3 @@ def _share(part: int, whole: int) -> str:
 
 def _part(part: int, total: CastCounts) -> str:
     return f"{part:,} ({part / total.values:.2g})" if part else "0"
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -124,3 +124,51 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def reading(total: int, announced: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show how much is read and how long the rest takes; yields what has to be told of each number of bytes.
+
+    Args:
+        total: bytes that there are.
+        announced: whether there is a line at the start too, where stderr is no terminal.
+    """
+    if not is_terminal(sys.stderr):
+        yield _ReadingLines(total, announced)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda size: progress.update(task, advance=size)
+
+
+class _ReadingLines:
+    """A line at the start, and one about every ten seconds."""
+
+    def __init__(self, total: int, announced: bool) -> None:
+        self._total, self._done = total, 0
+        self._started = self._told = time.monotonic()
+        if announced:
+            self._tell(f"reading {in_words(total)}")
+
+    def __call__(self, size: int) -> None:
+        self._done += size
+        now = time.monotonic()
+        if now - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = now
+            share = min(1.0, self._done / max(1, self._total))  # a file may have grown since it was measured
+            left = (now - self._started) * (1 - share) / share if share else 0.0
+            self._tell(f"{share:.0%} read, about {left:.0f} s left")
+
+    def _tell(self, line: str) -> None:
+        with suppress(OSError):  # no reason to stop
+            typer.echo(f"verl-fp16: {line}", err=True)
+
+
+def in_words(size: int) -> str:
+    """A number of bytes."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
