@@ -57,11 +57,13 @@ def use_decades(axes: Axes, values: Iterable[float]) -> None:
     """A logarithmic axis over whole decades, so that there are always two labels to read a value from.
 
     Args:
-        values: what is shown; only the finite and positive ones count, of which there is one at least.
+        values: what is shown; only the finite and positive ones count. Where there is none, the axis stays as it is.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
     shown = [value for value in values if math.isfinite(value) and value > 0]
+    if not shown:
+        return
     low, high = math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown) * 1.01))
     axes.set_yscale("log")
     axes.set_ylim(10.0**low, 10.0**high)
@@ -82,6 +84,8 @@ def use_powers_of_two(axes: Axes, values: Iterable[float]) -> None:
     from matplotlib.ticker import FuncFormatter
 
     exponents = [round(math.log2(value)) for value in values if math.isfinite(value) and value > 0]
+    if not exponents:
+        return
     low, high = min(exponents) - 1, max(exponents) + 1
     axes.set_yscale("log", base=2)
     axes.set_ylim(2.0**low, 2.0**high)

@@ -218,7 +218,7 @@ def _columns(rows: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
         names = [name for name in names if any(row[name] != "0" for row in rows)]
         widths = {name: max(len(name), *(len(row[name]) for row in rows)) + 3 for name in names}
         for name in _DISPENSABLE:
-            if name in names and sum(widths[other] for other in names) >= shutil.get_terminalin_words().columns:
+            if name in names and sum(widths[other] for other in names) >= shutil.get_terminal_size().columns:
                 names.remove(name)
     return names, [[row[name] for name in names] for row in rows]
 

@@ -128,7 +128,7 @@ def _read(named: Sequence[str], evidence: Sequence[str]) -> list[Run]:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    return runs[0].name if len(runs) == 1 else " and ".join(run.name for run in runs[:3]) + ", ..." * (len(runs) > 3)
+    return ", ".join(run.name for run in runs[:4]) + ", ..." * (len(runs) > 4)
 
 
 def _one_line(text: str) -> str:

@@ -1,7 +1,6 @@
 """What a quickstart run achieved: numbers, a figure and a short table from verl's file logger.
 
-The logger writes one `{"step": int, "data": {name: number}}` per line while the run goes on. It writes NaN and infinity
-as null, so null is read as NaN here: the metric was there and was no finite number.
+The logger writes one entry per line while the run goes on; see :mod:`verl_fp16.log_entries`.
 """
 
 from __future__ import annotations
@@ -15,18 +14,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl_fp16.log_entries import (
+    ENTROPY,
+    LOSS_SCALE,
+    REWARD,
+    SKIPPED,
+    STEP_SECONDS,
+    VERLS_GAP,
+    as_number,
+    parse_entry,
+)
+from verl_fp16.plotting import (
+    INK,
+    blank_figure,
+    dress,
+    say_not_measured,
+    use_decades,
+    use_powers_of_two,
+)
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["StepMetrics", "draw", "parse_line", "read_metrics", "summarise", "table", "validation", "write_summary"]
 
-REWARD = "critic/score/mean"
-GAP = "training/rollout_probs_diff_mean"
-ENTROPY = "actor/entropy"
-LOSS_SCALE = "actor/loss_scale"
-SKIPPED = "actor/skipped_steps"
+GAP = VERLS_GAP
 LOG_PPL_ABS_DIFF = "rollout_corr/log_ppl_abs_diff"
-STEP_SECONDS = ("timing_s/step", "perf/time_per_step")
 
 
 @dataclass(frozen=True)
@@ -48,21 +61,11 @@ class StepMetrics:
 
 def parse_line(line: str | bytes) -> StepMetrics | None:
     """Read one line of the file logger; None for anything else, such as a line that is not fully written yet."""
-    try:
-        record = json.loads(line)
-    except ValueError:
+    entry = parse_entry(line)
+    if entry is None:
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("data"), dict):
-        return None
-    step = record.get("step")
-    if not isinstance(step, int) or isinstance(step, bool):
-        return None
-    data = {}
-    for name, value in record["data"].items():
-        if value is None:
-            data[name] = math.nan
-        elif isinstance(value, (int, float)):
-            data[name] = float(value)
+    step, values = entry
+    data = {name: number for name, value in values.items() if (number := as_number(value)) is not None}
     return StepMetrics(step, data)
 
 
@@ -220,17 +223,10 @@ def draw(metrics: Sequence[StepMetrics], path: str | os.PathLike[str], title: st
 
     A step whose value is missing or not finite leaves a gap in its line; a panel without any value says so.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-
-    ink, muted, faint = "#1f2430", "#6b7280", "#e5e7eb"
     indigo, amber, teal, violet, red = "#4353c9", "#d97706", "#0f8b8d", "#7c4fb5", "#d1344b"
-    # The canvas is made here, so a backend chosen by the caller's process is neither used nor changed.
-    figure = Figure(figsize=(12, 8), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(12, 8)
     figure.get_layout_engine().set(w_pad=0.16, h_pad=0.12, wspace=0.03, hspace=0.05)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=17, fontweight="bold", color=ink)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=17, fontweight="bold", color=INK)
     (reward_axes, gap_axes), (entropy_axes, scale_axes) = figure.subplots(2, 2)
 
     def series(name: str) -> tuple[list[int], list[float]]:
@@ -290,42 +286,17 @@ def draw(metrics: Sequence[StepMetrics], path: str | os.PathLike[str], title: st
     )
     for axes, heading, label, values in panels:
         shown = [value for value in values if math.isfinite(value)]
-        axes.set_title(heading, loc="left", fontsize=13, fontweight="bold", color=ink, pad=10)
-        axes.set_ylabel(label, fontsize=11, color=muted)
-        axes.set_xlabel("training step", fontsize=11, color=muted)
-        axes.tick_params(colors=muted, labelsize=10.5, length=0)
-        axes.grid(axis="y", color=faint, linewidth=1)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color("#c4c9d2")
+        dress(axes, heading, label)
         axes.set_xlim(-0.02 * last, 1.02 * last)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
         if not shown:
-            axes.set_yticks([])
-            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=muted, fontsize=13)
+            say_not_measured(axes)
         if shown and min(shown) >= 0:
             axes.set_ylim(0, 1 if axes is reward_axes and max(shown) <= 1 else max(shown) * 1.1 or 1)
-    if any(value > 0 for value in gap):
-        gap_axes.set_yscale("log")
-        positive = [value for value in gap if math.isfinite(value) and value > 0]
-        # Whole decades, so that there are always two labels to read a value from.
-        gap_axes.set_ylim(
-            10.0 ** math.floor(math.log10(min(positive))), 10.0 ** math.ceil(math.log10(max(positive) * 1.01))
-        )
-        gap_axes.yaxis.set_minor_formatter(NullFormatter())
-        gap_axes.tick_params(axis="y", which="minor", length=0)
-        gap_axes.grid(axis="y", which="minor", color=faint, linewidth=0.5, alpha=0.7)
-    exponents = [round(math.log2(value)) for value in scale if math.isfinite(value)]
-    if exponents:
-        scale_axes.set_yscale("log", base=2)
-        low, high = min(exponents) - 1, max(exponents) + 1
-        scale_axes.set_ylim(2.0**low, 2.0**high)
-        scale_axes.set_yticks([2.0**k for k in range(low, high + 1, max(1, (high - low) // 7))])
-        scale_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{round(math.log2(value))}}}$"))
-        scale_axes.minorticks_off()
+    use_decades(gap_axes, gap)
+    use_powers_of_two(scale_axes, scale)
     for axes in (reward_axes, scale_axes):
         if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=10.5, labelcolor=ink, loc="best")
+            axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=10.5, labelcolor=INK, loc="best")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from verl_fp16.run_report.curves import DTYPES, SKIPPED_TOTAL, STEP_SECONDS, Course, courses, is_wanted
+from verl_fp16.log_entries import SKIPPED_TOTAL, STEP_SECONDS
+from verl_fp16.run_report.curves import DTYPES, Course, courses, is_wanted
 from verl_fp16.run_report.evidence import Evidence, gather
 from verl_fp16.run_report.findings import Finding, judge
 from verl_fp16.run_report.places import Place, RunError

@@ -120,6 +120,8 @@ def _settings(run: Run) -> list[tuple[str, str]]:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     return f"{value:,.10g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
@@ -137,12 +139,17 @@ def duration(seconds: float) -> str:
 TOKEN_COLUMNS = ("gap", "log μ", "log π", "position", "token in context")
 
 
+def tokens_heading(run: Run) -> str:
+    step = run.evidence.tokens[0]["step"]
+    return f"The tokens with the largest gap, at step {step:,}"
+
+
 def token_cells(token: Any) -> tuple[str, str, str, str, tuple[str, str, str]]:
     """In the order of :data:`TOKEN_COLUMNS`; the last cell is before, token, after."""
     return (
-        written(token["log_ratio"], "+.4g"),
-        written(token["log_mu"], ".4g"),
-        written(token["log_pi"], ".4g"),
+        written(token["log_ratio"], "+#.4g"),
+        written(token["log_mu"], "#.4g"),
+        written(token["log_pi"], "#.4g"),
         f"{token['position']:,} of {token['length']:,}",
         (token["before"], token["text"], token["after"]),
     )

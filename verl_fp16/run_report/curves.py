@@ -15,13 +15,20 @@ from typing import Literal
 import numpy as np
 
 from verl_fp16.file_log import RESUMED_KEY
+from verl_fp16.log_entries import (
+    ALARMS,
+    CONSECUTIVE_SKIPS,
+    ENTROPY,
+    GRAD_NORM,
+    LOSS_SCALE,
+    REWARD,
+    SKIPPED,
+    SKIPPED_TOTAL,
+    STEP_SECONDS,
+    VERLS_GAP,
+)
 from verl_fp16.run_report.reading import RunLog, Series
 
-REWARD, ENTROPY, GRAD_NORM = "critic/score/mean", "actor/entropy", "actor/grad_norm"
-LOSS_SCALE, SKIPPED, SKIPPED_TOTAL = "actor/loss_scale", "actor/skipped_steps", "actor/skipped_total"
-CONSECUTIVE_SKIPS, ALARMS = "actor/consecutive_skips", "mismatch/alarms"
-VERLS_GAP = "training/rollout_probs_diff_mean"
-STEP_SECONDS = ("timing_s/step", "perf/time_per_step")
 DTYPES = {"training": "mismatch/train_dtype/", "rollout": "mismatch/rollout_dtype/"}
 VALIDATION = "validation"
 """The panel whose metric is a mean over data sources, and the name under which it is found."""
@@ -54,7 +61,7 @@ class Panel:
     names: tuple[str, ...]
     better: Literal["larger", "smaller", "nearer 0", ""] = ""
     axis: Literal["linear", "log", "log2"] = "linear"
-    form: str = ".4g"
+    form: str = "#.4g"
     smoothed: bool = True
 
 
@@ -95,6 +102,7 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
             "nats per 1,000 tokens",
             _gap("slope_per_1k_tokens"),
             "nearer 0",
+            form=",.3f",
         ),
         Panel(
             "prob_diff",
@@ -112,7 +120,7 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("skipped", "Skipped updates, in total", "mini-batches", (SKIPPED_TOTAL,), form=COUNTED, smoothed=False),
         Panel("grad_norm", "Gradient norm", "L2 norm before clipping", (GRAD_NORM,), axis="log"),
-        Panel("step_time", "Time of a training step", "seconds", STEP_SECONDS, "smaller", form=",.4g"),
+        Panel("step_time", "Time of a training step", "seconds", STEP_SECONDS, "smaller", form="#.4g"),
         Panel(
             "critic_loss_scale",
             "Loss scale of the critic",
@@ -203,16 +211,15 @@ def courses(log: RunLog) -> dict[str, Course]:
     found = {}
     for panel in PANELS:
         for name in panel.names:
-            series = _validation(log) if name == VALIDATION else log.series.get(name)
+            metric, series = _validation(log) if name == VALIDATION else (name, log.series.get(name))
             if series is not None:
-                metric = name if name != VALIDATION else "val-core/*/mean@N"
                 found[panel.key] = Course(panel, metric, series)
                 break
     return found
 
 
-def _validation(log: RunLog) -> Series | None:
-    """The plain mean over data sources, at each step that has one; of accuracies where there are any."""
+def _validation(log: RunLog) -> tuple[str, Series | None]:
+    """Its name, and the plain mean over data sources at each step that has one; of accuracies where there are any."""
     for kind in ("acc", "reward"):
         parts = [
             series for name, series in log.series.items() if (match := _VALIDATION.fullmatch(name)) and match[1] == kind
@@ -220,8 +227,8 @@ def _validation(log: RunLog) -> Series | None:
         if parts:
             steps, at = np.unique(np.concatenate([part.steps for part in parts]), return_inverse=True)
             values = np.concatenate([part.values for part in parts])
-            return Series(steps, np.bincount(at, values) / np.bincount(at))
-    return None
+            return f"val-core/*/{kind}/mean@N", Series(steps, np.bincount(at, values) / np.bincount(at))
+    return "", None
 
 
 def written(value: float, form: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from verl_fp16.log_entries import SKIPPED
 from verl_fp16.plotting import (
     EDGE,
     FAINT,
@@ -21,7 +22,7 @@ from verl_fp16.plotting import (
     use_powers_of_two,
 )
 from verl_fp16.run_report.assemble import Run
-from verl_fp16.run_report.curves import COUNTED, SKIPPED, VALIDATION, Course, Panel
+from verl_fp16.run_report.curves import COUNTED, VALIDATION, Course, Panel
 from verl_fp16.run_report.thinning import default_window, running_median, thin
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def as_svg(panel: Panel, runs: Sequence[Run], window: int | None) -> str:
 
     # The salt makes the ids in it differ from those of the page's other pictures.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.key}):
-        figure = blank_figure(5.0, 2.75)
+        figure = blank_figure(4.6, 2.6)
         axes = figure.subplots()
         draw_panel(axes, panel, runs, window, size=8)
         text = io.StringIO()
@@ -138,9 +139,9 @@ def draw_panel(
     for index, run in enumerate(runs):
         if course := run.courses.get(panel.key):
             _mark_not_finite(axes, course, index)
+            _mark_steps(axes, run, index)
             if panel.key == "loss_scale":
                 _mark_skips(axes, run, course, index)
-        _mark_steps(axes, run, index)
 
 
 def _draw_course(axes: Axes, course: Course, index: int, window: int | None, span: tuple[int, int]) -> np.ndarray:
@@ -165,11 +166,10 @@ def _draw_course(axes: Axes, course: Course, index: int, window: int | None, spa
 
 def _set_scale(axes: Axes, panel: Panel, values: np.ndarray) -> None:
     values = values[np.isfinite(values)]
-    positive = values[values > 0]
-    if panel.axis == "log" and len(positive):
-        use_decades(axes, positive)
-    elif panel.axis == "log2" and len(positive):
-        use_powers_of_two(axes, positive)
+    if panel.axis == "log":
+        use_decades(axes, values)
+    elif panel.axis == "log2":
+        use_powers_of_two(axes, values)
     elif len(values) and values.min() >= 0:
         if panel.form == COUNTED:
             axes.yaxis.get_major_locator().set_params(integer=True)

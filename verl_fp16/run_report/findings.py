@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from verl_fp16.run_report.curves import ALARMS, CONSECUTIVE_SKIPS, PANELS, SKIPPED, Course
+from verl_fp16.log_entries import ALARMS, CONSECUTIVE_SKIPS, SKIPPED
+from verl_fp16.run_report.curves import PANELS, Course
 from verl_fp16.run_report.evidence import Evidence
 from verl_fp16.run_report.reading import RunLog, Series
 
@@ -84,14 +85,17 @@ def _not_finite(log: RunLog, courses: Mapping[str, Course]) -> Iterator[Finding]
             continue
         series = courses[panel.key].series
         steps = series.steps[~np.isfinite(series.values)]
-        advice = "the training step is in the log with null; the driver's log has what verl said of it"
+        advice = "look at the driver's log of that step; in the file log such a value is null"
         if panel.key == "grad_norm":
             steps = np.setdiff1d(steps, _skipping(log))
             advice = "no update was skipped in it: without a loss scaler, the weights of this step are not finite"
         if len(steps):
             more = f", and in {len(steps) - 1:,} later steps" if len(steps) > 1 else ""
             yield Finding(
-                int(steps[0]), "not finite", f"{courses[panel.key].metric} is not a finite number{more}", advice
+                int(steps[0]),
+                "not finite",
+                f"{panel.title} ({courses[panel.key].metric}) is not a finite number{more}",
+                advice,
             )
 
 
@@ -161,10 +165,10 @@ def _end(log: RunLog, evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             last,
             "ended",
-            f"the log ends at step {last:,} of {evidence.planned:,}{half}",
-            "the run still goes on, was stopped, or died: see the end of the driver's log",
+            f"the log ends at step {last:,} of {evidence.planned:,}{half}: the run still goes on, was stopped, or died",
+            "see the end of the driver's log",
         )
     elif half:
         yield Finding(
-            last, "ended", f"the log ends{half}, after step {last:,}", "the run still goes on, or was killed then"
+            last, "ended", f"the log ends{half}, after step {last:,}: the run still goes on, or was killed then"
         )

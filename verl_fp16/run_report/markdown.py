@@ -80,7 +80,7 @@ def _of_run(run: Run) -> Iterator[str]:
     if run.evidence.tokens:
         yield from (
             "",
-            "The tokens with the largest gap:",
+            f"{contents.tokens_heading(run)}:",
             "",
             _row(contents.TOKEN_COLUMNS),
             "|---:|---:|---:|---:|---|",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from itertools import groupby
@@ -64,6 +65,11 @@ def _text(text: str) -> str:
     return html.escape(contents.printable(text))
 
 
+def _with_code(text: str) -> str:
+    """With what is between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _text(text))
+
+
 def _swatch(index: int) -> str:
     border = _BORDERS[index // len(COLOURS) % len(_BORDERS)]
     style = f"border-color: var(--run{index % len(COLOURS)}); border-top-style: {border}"
@@ -79,10 +85,11 @@ def _findings(runs: Sequence[Run]) -> Iterator[str]:
     yield '<ul class="findings">'
     for index, run, finding in found:
         where = f'{_swatch(index)}{_text(run.name)} <span class="step">step {finding.step:,}</span>'
-        yield f'<li><span class="where">{where}</span>'
-        yield f"<p>{_text(_sentence(finding.text))}</p>"
+        kind = ' class="mild"' if finding.kind == "ended" else ""
+        yield f'<li{kind}><span class="where">{where}</span>'
+        yield f"<p>{_with_code(_sentence(finding.text))}</p>"
         if finding.advice:
-            yield f'<p class="quiet">What to do: {_text(finding.advice)}.</p>'
+            yield f'<p class="quiet">What to do: {_with_code(finding.advice)}.</p>'
         yield "</li>"
     yield "</ul></section>"
 
@@ -92,20 +99,22 @@ def _sentence(text: str) -> str:
 
 
 def _table(runs: Sequence[Run]) -> Iterator[str]:
-    yield '<section><h2>First, last, best</h2><div class="scroll"><table><thead><tr>'
-    for column in contents.COLUMNS:
-        kind = "" if column in ("metric", "run") else ' class="number"'
-        yield f'<th scope="col"{kind}>{column}</th>'
+    """A single run's metrics in a row each; those of several in a group of rows under the metric's name."""
+    single = len(runs) == 1
+    columns = ["metric" if single else "", *contents.COLUMNS[2:]]
+    yield '<section><h2>First, last, best</h2><div class="scroll"><table class="numbers"><thead><tr>'
+    for number, name in enumerate(columns):
+        yield f'<th scope="col"{" class=number" if number else ""}>{name}</th>'
     yield "</tr></thead>"
     for panel, grouped in groupby(contents.rows(runs), key=lambda row: row.panel):
-        rows = list(grouped)
-        for number, row in enumerate(rows):
+        about = f'{_text(panel.title)} <span class="quiet">{_text(contents.unit_and_direction(panel))}</span>'
+        yield "<tbody>"
+        if not single:
+            yield f'<tr><th scope="rowgroup" colspan="{len(columns)}">{about}</th></tr>'
+        for row in grouped:
             _, name, *numbers = row.cells()
-            yield "<tbody><tr>" if number == 0 else "<tr>"
-            if number == 0:
-                about = f'<span class="quiet">{_text(contents.unit_and_direction(panel))}</span>'
-                yield f'<th scope="rowgroup" rowspan="{len(rows)}">{_text(panel.title)}{about}</th>'
-            yield f'<td class="name">{_swatch(row.index)}{_text(name)}</td>{_cells(numbers)}</tr>'
+            label = f'<th scope="row">{about}</th>' if single else f"<td>{_swatch(row.index)}{_text(name)}</td>"
+            yield f"<tr>{label}{_cells(numbers)}</tr>"
         yield "</tbody>"
     yield "</table></div>"
     if missing := contents.unmeasured(runs):
@@ -132,7 +141,8 @@ def _run(run: Run, index: int) -> Iterator[str]:
     yield from (f"<dt>note</dt><dd>{_text(note)}</dd>" for note in run.notes)
     yield "</dl>"
     if run.evidence.tokens:
-        yield '<h3>The tokens with the largest gap</h3><div class="scroll"><table class="tokens"><thead><tr>'
+        yield f"<h3>{_text(contents.tokens_heading(run))}</h3>"
+        yield '<div class="scroll"><table class="tokens"><thead><tr>'
         for column in contents.TOKEN_COLUMNS:
             kind = "" if column == contents.TOKEN_COLUMNS[-1] else ' class="number"'
             yield f'<th scope="col"{kind}>{_text(column)}</th>'

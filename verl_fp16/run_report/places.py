@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_fp16.run_report.reading import parse_entry
+from verl_fp16.log_entries import parse_entry
 
 EVIDENCE_PARTS = (Path("verl_fp16") / "mismatch", Path("verl_fp16") / "read-back.json")
 """One of these is in ``trainer.default_local_dir`` of a run with the precision flag."""

@@ -2,14 +2,10 @@
 
 A run that was killed leaves half a line, a full disk a tail of zeros, a resumed run steps that are there twice. What is
 no entry is passed over and counted. One line and the numbers that are wanted are in memory.
-
-The logger writes NaN and infinity as null: null is NaN here, a metric that was there and was no finite number.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,16 +15,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from verl_fp16.file_log import RESUMED_KEY
-
-try:  # verl's logger writes with it, so it is there where verl is; five times as fast as json
-    from orjson import loads as _strict
-except ImportError:
-    from json import loads as _strict
+from verl_fp16.log_entries import as_number, parse_entry
 
 LONGEST_LINE = 2**24
 """Bytes; a step of verl's has some thousand. What is longer, as the zeros of a disk that ran full, is not held."""
 
-_LARGEST_STEP = 2**53
 _REPORTED_BYTES = 2**20
 _MOST_NAMES = 100_000
 _ABSENT = object()
@@ -84,40 +75,6 @@ class RunLog:
     series: dict[str, Series]
     resumed: tuple[int, ...]
     passed_over: PassedOver
-
-
-def parse_entry(line: str | bytes) -> tuple[int, dict[str, Any]] | None:
-    """Step and data of one line; None for anything else, such as a line that is not fully written yet.
-
-    NaN and Infinity, which are no JSON but what other loggers write, are read too.
-    """
-    try:
-        entry = _strict(line)
-    except ValueError:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):  # the latter for brackets without end
-            return None
-    except RecursionError:
-        return None
-    if not isinstance(entry, dict):
-        return None
-    step, data = entry.get("step"), entry.get("data")
-    if type(step) is not int or not 0 <= step < _LARGEST_STEP or not isinstance(data, dict):
-        return None
-    return step, data
-
-
-def as_number(value: Any) -> float | None:
-    """A logged value as a float: null is nan, what is no number None."""
-    if value is None:
-        return math.nan
-    if isinstance(value, int | float):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf if value > 0 else -math.inf
-    return None
 
 
 def read_log(path: Path, wanted: Callable[[str], bool], advance: Callable[[int], object] | None = None) -> RunLog:
