@@ -132,9 +132,11 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _one_line(text: str) -> str:
+    """``text`` with escapes for what would not be seen or could steer a terminal, or that stdout cannot encode."""
     from verl_fp16.run_report.contents import printable
 
-    return printable(text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _print_json(runs: Sequence[Run], written: Sequence[Path]) -> None:
@@ -147,7 +149,7 @@ def _print_json(runs: Sequence[Run], written: Sequence[Path]) -> None:
 def _print(runs: Sequence[Run], written: Sequence[Path]) -> None:
     from verl_fp16.run_report import contents
 
-    print_table(contents.COLUMNS, [_cells(row.cells()) for row in contents.rows(runs)], header=True)
+    print_table(contents.COLUMNS, [[*map(_one_line, row.cells())] for row in contents.rows(runs)], header=True)
     for run in runs:
         for finding in run.findings:
             _say(f"{run.name}, step {finding.step:,}: {finding.text}")
@@ -158,12 +160,6 @@ def _print(runs: Sequence[Run], written: Sequence[Path]) -> None:
     for path in written:
         if path.suffix != ".png":
             _say(f"written: {path}")
-
-
-def _cells(cells: Sequence[str]) -> list[str]:
-    from verl_fp16.run_report.contents import printable
-
-    return [printable(cell) for cell in cells]
 
 
 def _say(text: str) -> None:

@@ -6,12 +6,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from verl_fp16.log_entries import SKIPPED_TOTAL, STEP_SECONDS
 from verl_fp16.run_report.curves import DTYPES, Course, courses, is_wanted
 from verl_fp16.run_report.evidence import Evidence, gather
 from verl_fp16.run_report.findings import Finding, judge
 from verl_fp16.run_report.places import Place, RunError
 from verl_fp16.run_report.reading import PassedOver, RunLog, read_log
+
+_LONGEST_STEP = 1e9
+"""Seconds; what is larger is no time."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Run:
         """What its training steps took together, as logged; without what lies between them, such as a start."""
         for name in STEP_SECONDS:
             if name in self.log.series:
-                return math.fsum(value for value in self.log.series[name].values if math.isfinite(value))
+                values = self.log.series[name].values
+                return float(values[np.isfinite(values) & (values < _LONGEST_STEP)].sum())
         return None
 
     @property
@@ -98,7 +104,7 @@ def load(place: Place, advance: Callable[[int], object] | None = None) -> Run:
         )
         raise RunError(f"{place.log}: {what}. Name another log, a .jsonl with lines {{'step': ..., 'data': ...}}")
     shown = courses(log)
-    evidence = gather(place)
+    evidence = gather(place, log)
     return Run(place, log, shown, evidence, tuple(judge(log, shown, evidence)))
 
 

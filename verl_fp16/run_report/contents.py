@@ -139,6 +139,9 @@ def duration(seconds: float) -> str:
 TOKEN_COLUMNS = ("gap", "log μ", "log π", "position", "token in context")
 
 
+_CONTEXT = 80
+
+
 def tokens_heading(run: Run) -> str:
     step = run.evidence.tokens[0]["step"]
     return f"The tokens with the largest gap, at step {step:,}"
@@ -151,7 +154,7 @@ def token_cells(token: Any) -> tuple[str, str, str, str, tuple[str, str, str]]:
         written(token["log_mu"], "#.4g"),
         written(token["log_pi"], "#.4g"),
         f"{token['position']:,} of {token['length']:,}",
-        (token["before"], token["text"], token["after"]),
+        (token["before"][-_CONTEXT:], token["text"][:_CONTEXT], token["after"][:_CONTEXT]),
     )
 
 
@@ -176,7 +179,7 @@ def explanation(window: int | None) -> list[str]:
         f"In panels of more than 60 steps {drawn}, the faint one is what was logged; of many steps it has the lowest "
         "and the highest in each part.",
         f"A reward has collapsed where its mean over {COLLAPSE_STEPS} steps falls below half of the best such mean "
-        "before it, and by more than three standard errors.",
+        "before it, and by more than five standard errors.",
         "π is the training policy, μ the rollout policy, |Δ log p| = |log π − log μ| of a sampled token.",
     ]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from verl_fp16.mismatch.evidence_files import StepFolder, step_folders
-from verl_fp16.run_report.places import EVIDENCE_PARTS, Place
+from verl_fp16.run_report.places import EVIDENCE_PARTS, Place, RunError, logs_in
+from verl_fp16.run_report.reading import RunLog
 from verl_fp16.skip_records import SkipRecord, file_of
 
 WORST = 5
@@ -78,16 +79,31 @@ class Evidence:
     @property
     def command(self) -> str | None:
         """What shows the worst tokens, to be copied."""
-        return None if self.tokens_of is None else f"verl-fp16 tokens {shlex.quote(str(self.tokens_of))}"
+        return None if self.tokens_of is None else tokens_command(self.tokens_of)
 
 
-def gather(place: Place) -> Evidence:
-    """Read what is there; what cannot be read is a note and no error."""
+def tokens_command(folder: Path) -> str:
+    """What shows the worst tokens of a step's folder, to be copied."""
+    return f"verl-fp16 tokens {shlex.quote(str(folder))}"
+
+
+def gather(place: Place, log: RunLog) -> Evidence:
+    """Read what is there; what cannot be read, or is of another run than ``log``, is a note and no error."""
     notes: list[str] = []
     if place.note:
         notes.append(f"without evidence: {place.note}")
     folder = place.evidence
     steps = _steps(folder, notes) if folder else []
+    verdicts = [_is_of(step, log) for step in steps]
+    if False in verdicts and True not in verdicts:
+        notes.append(f"without evidence: what is in {folder} is of another run, its gaps are not those of the log")
+        folder, steps = None, []
+    elif False in verdicts:
+        notes.append(
+            f"{verdicts.count(False):,} of {len(steps):,} folders of evidence left out: their gaps are not those of "
+            "the log, as where a resumed run took steps anew"
+        )
+        steps = [step for step, verdict in zip(steps, verdicts, strict=True) if verdict is not False]
     alarms = tuple(sorted(alarm for step in steps for alarm in _alarms(step)))
     newest = steps[-1].path if steps else None
     tokens_of = alarms[0].folder if alarms else newest
@@ -100,7 +116,7 @@ def gather(place: Place) -> Evidence:
         skips=tuple(_skips(folder, notes)) if folder else (),
         tokens=_tokens(tokens_of, notes) if tokens_of else (),
         tokens_of=tokens_of,
-        planned=_planned(place.folder),
+        planned=_planned(place),
         notes=tuple(notes),
     )
 
@@ -114,6 +130,21 @@ def _steps(folder: Path, notes: list[str]) -> list[StepFolder]:
     except OSError as error:
         notes.append(f"{place} cannot be read: {error.strerror}")
     return []
+
+
+def _is_of(step: StepFolder, log: RunLog) -> bool | None:
+    """Whether the statistics in the facts are to the bit those that ``log`` has of the step; None: nobody can say."""
+    verdict = None
+    for name, value in _mapping((step.facts or {}).get("scalars")).items():
+        series = log.series.get(name)
+        if series is None or not isinstance(value, float):
+            continue
+        at = int(series.steps.searchsorted(step.step))
+        if at < len(series.steps) and series.steps[at] == step.step:
+            if series.values[at] != value:
+                return False
+            verdict = True
+    return verdict
 
 
 def _alarms(step: StepFolder) -> Iterator[AlarmTold]:
@@ -187,13 +218,18 @@ def _tokens(folder: Path, notes: list[str]) -> tuple[Mapping[str, Any], ...]:
     return ()
 
 
-def _planned(folder: Path) -> int | None:
-    """``trainer.total_training_steps`` of the configuration that Hydra left in the run's folder."""
+def _planned(place: Place) -> int | None:
+    """``trainer.total_training_steps`` of the configuration that Hydra left beside the log, if that is the only one."""
     import yaml
 
+    try:
+        if logs_in(place.log.parent) != [place.log]:
+            return None
+    except RunError:
+        return None
     for name in _CONFIGURATIONS:
         try:
-            text = (folder / name).read_text(encoding="utf-8")
+            text = (place.log.parent / name).read_text(encoding="utf-8")
             config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except (OSError, ValueError, yaml.YAMLError):
             continue

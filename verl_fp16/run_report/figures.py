@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,11 @@ DARK_COLOURS = ("#56a8e0", "#ff8b4d", "#2fc79b", "#e3a1cc", "#f0b43c", "#9ad1f5"
 """The same for dark paper."""
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
-_THEME = {INK: "--ink", MUTED: "--muted", FAINT: "--faint", EDGE: "--edge", PAPER: "--paper"}
+_THEME = {INK: "--ink", MUTED: "--muted", FAINT: "--faint", EDGE: "--edge", PAPER: "--card"}
 _BUCKETS = 360
+_LARGEST = 1e100
+"""What is beyond it counts as not finite in a picture, and below its inverse as zero: axes there have no numbers."""
+
 _FEW = 60
 """Points up to which each one gets a dot."""
 
@@ -113,7 +117,9 @@ def as_png(title: str, panels: Sequence[Panel], runs: Sequence[Run], window: int
             handles=by_row, loc="outside lower left", ncols=columns, frameon=False, fontsize=10.5, labelcolor=INK
         )
     image = io.BytesIO()
-    figure.savefig(image, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a run's name may have letters that no font here has
+        figure.savefig(image, format="png")
     return image.getvalue()
 
 
@@ -147,8 +153,9 @@ def draw_panel(
 def _draw_course(axes: Axes, course: Course, index: int, window: int | None, span: tuple[int, int]) -> np.ndarray:
     """Draw it; return the values that are shown."""
     panel, (steps, values) = course.panel, course.series
+    values = np.where(_can_be_drawn(values), values, np.nan)
     if panel.axis != "linear":
-        values = np.where(values > 0, values, np.nan)
+        values = np.where(values > 1 / _LARGEST, values, np.nan)
     style = {"color": colour(index), "linestyle": dashes(index), "zorder": 3, "solid_capstyle": "round"}
     if not panel.smoothed and panel.key != VALIDATION:
         style["drawstyle"] = "steps-post"
@@ -162,6 +169,10 @@ def _draw_course(axes: Axes, course: Course, index: int, window: int | None, spa
         axes.plot(*thinned, linewidth=0.7, alpha=0.35, **(style | dots | {"zorder": 2}))
         axes.plot(*running_median(steps, values, window), linewidth=1.8, **style)
     return thinned[1]
+
+
+def _can_be_drawn(values: np.ndarray) -> np.ndarray:
+    return np.abs(values) < _LARGEST  # not so of nan
 
 
 def _set_scale(axes: Axes, panel: Panel, values: np.ndarray) -> None:
@@ -178,7 +189,7 @@ def _set_scale(axes: Axes, panel: Panel, values: np.ndarray) -> None:
 
 
 def _mark_not_finite(axes: Axes, course: Course, index: int) -> None:
-    steps = course.series.steps[~np.isfinite(course.series.values)]
+    steps = course.series.steps[~_can_be_drawn(course.series.values)]
     if len(steps):
         axes.plot(
             _some(steps),
@@ -276,6 +287,6 @@ def marks_of(runs: Sequence[Run], panels: Sequence[Panel]) -> list[tuple[str, st
     ):
         marks.append(("X", "step with a skipped update"))
     shown = [course for run in runs for key, course in run.courses.items() if key in keys]
-    if any(not np.isfinite(course.series.values).all() for course in shown):
+    if any(not _can_be_drawn(course.series.values).all() for course in shown):
         marks.append(("x", "not a finite number"))
     return marks

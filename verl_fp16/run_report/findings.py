@@ -9,13 +9,17 @@ import numpy as np
 
 from verl_fp16.log_entries import ALARMS, CONSECUTIVE_SKIPS, SKIPPED
 from verl_fp16.run_report.curves import PANELS, Course
-from verl_fp16.run_report.evidence import Evidence
+from verl_fp16.run_report.evidence import Evidence, tokens_command
 from verl_fp16.run_report.reading import RunLog, Series
 
 COLLAPSE_STEPS = 20
 """Steps of the reward's running mean."""
 
-COLLAPSE_SHARE, COLLAPSE_ERRORS = 0.5, 3.0
+COLLAPSE_SHARE = 0.5
+
+COLLAPSE_ERRORS = 5.0
+"""Standard errors that the fall has to have; that many, as the highest of many means is compared with the others."""
+
 MANY_SKIPS = 8
 """Skips in a row at the end of a log that are worth telling: the loss scale fell to a 256th of what it was."""
 
@@ -28,12 +32,14 @@ class Finding(NamedTuple):
         kind: ``alarm``, ``not finite``, ``reward``, ``skips`` or ``ended``.
         text: what, as a sentence without its beginning and end.
         advice: what to do; "" where the text says it all.
+        command: that shows more, to be copied; "" where there is none.
     """
 
     step: int
     kind: str
     text: str
     advice: str = ""
+    command: str = ""
 
 
 LOOKED_FOR = (
@@ -63,8 +69,10 @@ def _alarms(log: RunLog, evidence: Evidence) -> Iterator[Finding]:
     for alarm in evidence.alarms:
         steps = told.pop(alarm.rule or alarm.text, None)
         if steps:
-            again = f"; told again {len(steps) - 1} times, last at step {steps[-1]:,}" if len(steps) > 1 else ""
-            yield Finding(alarm.step, "alarm", f"alarm: {alarm.text}{again}", alarm.advice)
+            times = f"{len(steps) - 1} times, last" if len(steps) > 2 else "once,"
+            again = f"; told again {times} at step {steps[-1]:,}" if len(steps) > 1 else ""
+            command = tokens_command(alarm.folder)
+            yield Finding(alarm.step, "alarm", f"alarm: {alarm.text}{again}", alarm.advice, command)
     series = log.series.get(ALARMS)
     if series is not None and not evidence.alarms:
         steps = series.steps[series.values > 0]
@@ -72,8 +80,8 @@ def _alarms(log: RunLog, evidence: Evidence) -> Iterator[Finding]:
             yield Finding(
                 int(steps[0]),
                 "alarm",
-                f"an alarm on the gap was in force from this step on, in {len(steps):,} steps, last at step "
-                f"{steps[-1]:,}",
+                f"an alarm on the gap was in force from this step on, in {len(steps):,} "
+                f"step{'s'[: len(steps) > 1]}, last at step {steps[-1]:,}",
                 "which one is in the driver's log, in lines with `verl_fp16.mismatch.alarm_`",
             )
 
@@ -90,7 +98,7 @@ def _not_finite(log: RunLog, courses: Mapping[str, Course]) -> Iterator[Finding]
             steps = np.setdiff1d(steps, _skipping(log))
             advice = "no update was skipped in it: without a loss scaler, the weights of this step are not finite"
         if len(steps):
-            more = f", and in {len(steps) - 1:,} later steps" if len(steps) > 1 else ""
+            more = f", and in {len(steps) - 1:,} later step{'s'[: len(steps) > 2]}" if len(steps) > 1 else ""
             yield Finding(
                 int(steps[0]),
                 "not finite",
@@ -108,7 +116,7 @@ def _skipping(log: RunLog) -> np.ndarray:
 def _collapse(courses: Mapping[str, Course]) -> Iterator[Finding]:
     """The reward has collapsed: its mean over 20 steps is below half of the best such mean before.
 
-    Judged where that best is positive and the difference more than three standard errors of the two means, from how
+    Judged where that best is positive and the difference more than five standard errors of the two means, from how
     the reward varied within their steps.
     """
     if "reward" not in courses:
@@ -117,6 +125,7 @@ def _collapse(courses: Mapping[str, Course]) -> Iterator[Finding]:
     if len(values) < 2 * COLLAPSE_STEPS:
         return
     means, squared_errors = _running_means(values)
+    means = np.where(np.isfinite(means), means, 0.0)
     best_at = np.maximum.accumulate(np.where(means >= np.maximum.accumulate(means), np.arange(len(means)), 0))
     best = means[best_at]
     error = np.sqrt(squared_errors + squared_errors[best_at])
@@ -139,7 +148,8 @@ def _collapse(courses: Mapping[str, Course]) -> Iterator[Finding]:
 def _running_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of each 20 values in a row, and the squares of their standard errors; of shape (n - 19,)."""
     windows = np.lib.stride_tricks.sliding_window_view(values, COLLAPSE_STEPS)
-    return windows.mean(axis=1), windows.var(axis=1, ddof=1) / COLLAPSE_STEPS
+    with np.errstate(over="ignore", invalid="ignore"):  # of rewards near the end of float64
+        return windows.mean(axis=1), windows.var(axis=1, ddof=1) / COLLAPSE_STEPS
 
 
 def _skips(log: RunLog, evidence: Evidence) -> Iterator[Finding]:

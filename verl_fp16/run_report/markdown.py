@@ -9,13 +9,22 @@ from verl_fp16.run_report import contents
 from verl_fp16.run_report.assemble import Run
 from verl_fp16.run_report.curves import typeset
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$>-])")
+# Underscores between letters are none of Markdown's; the rest has a meaning anywhere in a line.
+_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))")
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;"})
 
 
 def escape(text: str) -> str:
     """As text and nothing else, in one line."""
     return _SPECIAL.sub(r"\\\1", contents.printable(text).translate(_ENTITIES))
+
+
+def with_code(text: str) -> str:
+    """As :func:`escape`, with what is between backticks as code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return "".join(code(part) if number % 2 and part else escape(part) for number, part in enumerate(parts))
 
 
 def code(text: str) -> str:
@@ -44,8 +53,9 @@ def _lines(
     yield from ("## Where it went wrong", "")
     findings = [(run, finding) for run in runs for finding in run.findings]
     for run, finding in findings:
-        advice = f" What to do: {escape(finding.advice)}." if finding.advice else ""
-        yield f"- **{escape(run.name)}**, step {finding.step:,}: {escape(finding.text)}.{advice}"
+        advice = f" What to do: {with_code(finding.advice)}." if finding.advice else ""
+        command = f" Its tokens: {code(finding.command)}" if finding.command else ""
+        yield f"- **{escape(run.name)}**, step {finding.step:,}: {with_code(finding.text)}.{advice}{command}"
     if not findings:
         yield contents.nothing_found(runs)
     yield from ("", "## First, last, best", "")

@@ -90,6 +90,8 @@ def _findings(runs: Sequence[Run]) -> Iterator[str]:
         yield f"<p>{_with_code(_sentence(finding.text))}</p>"
         if finding.advice:
             yield f'<p class="quiet">What to do: {_with_code(finding.advice)}.</p>'
+        if finding.command:
+            yield f'<p class="quiet">Its tokens: <code>{_text(finding.command)}</code></p>'
         yield "</li>"
     yield "</ul></section>"
 

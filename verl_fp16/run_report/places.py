@@ -15,8 +15,8 @@ EVIDENCE_PARTS = (Path("verl_fp16") / "mismatch", Path("verl_fp16") / "read-back
 """One of these is in ``trainer.default_local_dir`` of a run with the precision flag."""
 
 _DEEPEST = 4
-_MOST_FOLDERS = 20_000
-_FIRST_BYTES = 2**16
+_MOST_FOLDERS = 2_000
+_FIRST_BYTES = 2**20
 _NAME_ONE = "Name verl's file log, a .jsonl (trainer.logger with `file`), or a folder with one in it"
 # Logs whose own name says nothing of the run; make quickstart's, and common ones.
 _NAMELESS = re.compile(r"(metrics|log|logs|run|train|training|verl)([-_.]?\d+)?", re.IGNORECASE)
@@ -66,10 +66,14 @@ def find_runs(named: Sequence[str], evidence: Sequence[str] = ()) -> list[Place]
 
 
 def _split(argument: str) -> tuple[str | None, str]:
-    """Name and path; a path that is there may have an equals sign in it."""
+    """Name and path; either may have equals signs, where the path is there."""
     name, equals, path = argument.partition("=")
     if not equals or os.path.lexists(argument):
         return None, argument
+    for sign in re.finditer("=", argument):
+        if os.path.lexists(os.path.expanduser(argument[sign.end() :])):
+            name, path = argument[: sign.start()], argument[sign.end() :]
+            break
     if not name.strip() or not path:
         raise RunError(f"{argument}: NAME=PATH lacks the {'path' if name.strip() else 'name'}. {_NAME_ONE}")
     return name.strip(), path
@@ -80,7 +84,8 @@ def _log_of(path: Path) -> tuple[Path, Path]:
     try:
         if path.is_dir():
             return _log_in(path), path
-        path.stat()
+        if path.stat() and not path.is_file():
+            raise RunError(f"{path}: this is no file. {_NAME_ONE}")
     except FileNotFoundError:
         raise RunError(f"{path}: there is no such file or folder. {_NAME_ONE}") from None
     except OSError as error:
@@ -91,7 +96,7 @@ def _log_of(path: Path) -> tuple[Path, Path]:
 def _log_in(folder: Path) -> Path:
     """The one log in ``folder``, or, where there is none, in the folders below it."""
     for deepest in (0, _DEEPEST):
-        logs = sorted(path for path in _files(folder, deepest) if is_log(path))
+        logs = logs_in(folder, deepest)
         if len(logs) == 1:
             return logs[0]
         if logs:
@@ -101,6 +106,15 @@ def _log_in(folder: Path) -> Path:
     raise RunError(f"{folder}: there is no log of verl's in it. {_NAME_ONE}")
 
 
+def logs_in(folder: Path, deepest: int = 0) -> list[Path]:
+    """The logs in ``folder`` and so many levels below it.
+
+    Raises:
+        RunError: it cannot be listed.
+    """
+    return sorted(path for path in _files(folder, deepest) if is_log(path))
+
+
 def _files(folder: Path, deepest: int) -> Iterator[Path]:
     for place in _folders(folder, deepest):
         with os.scandir(place) as entries:
@@ -108,21 +122,29 @@ def _files(folder: Path, deepest: int) -> Iterator[Path]:
 
 
 def _folders(folder: Path, deepest: int) -> Iterator[Path]:
-    """``folder`` and those in it, the nearest first; what cannot be listed is passed over."""
-    level = [folder]
+    """``folder`` and those in it, the nearest first, checkpoints apart; what cannot be listed is passed over.
+
+    Not more than some thousand of them: a run may lie in a folder of everything that somebody has.
+    """
+    level, left = [folder], _MOST_FOLDERS
     for _ in range(deepest + 1):
         below: list[Path] = []
         for place in level:
             try:
                 with os.scandir(place) as entries:
-                    inner = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+                    inner = sorted(entry.path for entry in entries if _may_hold_runs(entry))
             except OSError as error:
                 if place == folder:
                     raise RunError(f"{folder}: it cannot be read ({error.strerror}). {_NAME_ONE}") from None
                 continue
             yield place
             below += map(Path, inner)
-        level = below[:_MOST_FOLDERS]
+        level = below[:left]
+        left -= len(level)
+
+
+def _may_hold_runs(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) and not entry.name.startswith((".", "global_step_"))
 
 
 def is_log(path: Path) -> bool:
