@@ -170,15 +170,14 @@ def compare_table() -> str:
     """Both quickstarts, and the gap on the same tokens, from ``compare-cpu.json``."""
     result = json.loads((RESULTS / "compare-cpu.json").read_text())
     lines = [
-        "| precision | validation accuracy before | after | mean \\|Δ log p\\| of the run | skipped | time |",
-        "|---|---|---|---|---|---|",
+        "| precision | validation accuracy before | after | mean \\|Δ log p\\| of the run | skipped |",
+        "|---|---|---|---|---|",
     ]
     for name, run in result["runs"].items():
         skipped = "-" if run["skipped_steps"] is None else run["skipped_steps"]
-        minutes, seconds = divmod(round(run["seconds"]), 60)
         lines.append(
             f"| {name} | {_accuracy(run, 'before')} | {_accuracy(run, 'after')} | {run['log_prob_gap_mean']:.2e} | "
-            f"{skipped} | {minutes} min {seconds:02d} s |"
+            f"{skipped} |"
         )
     first, lengths = next(iter(result["mismatch"].values())), result["lengths"].replace(":", " to ")
     factors = result["factors"]
