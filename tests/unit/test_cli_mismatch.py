@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+from pathlib import Path
 
 import gap_fakes
 import numpy as np
@@ -263,6 +264,27 @@ def test_what_a_run_has_written(faked, tmp_path):
     assert "a sample of the sequences of 2 steps (3 to 12), and its worst tokens" in result.stdout
     told = refused(CliRunner().invoke(app, ["mismatch", "--from-run", "none", "-o", "o"]))
     assert "none" in told
+    assert "NAME=PATH lacks the name" in refused(CliRunner().invoke(app, ["mismatch", "--from-run", "=none"]))
+
+
+def test_a_name_is_told_from_a_folder_with_an_equals_sign(faked, tmp_path):
+    written(tmp_path / "lr=1e-6" / "verl_fp16" / "mismatch", 3, token(0))
+    for given, name in (("lr=1e-6", "lr=1e-6"), ("mine=lr=1e-6", "mine")):
+        assert CliRunner().invoke(app, ["mismatch", "--from-run", given, "-o", "out"]).exit_code == 0
+        assert list(read()["measurements"]) == [name]
+
+
+@pytest.mark.parametrize("folders", ("tokens/bf16", "training/fp16@fp16"))
+def test_a_damaged_part_is_one_line_and_made_again(faked, folders):
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    before = read()
+    (part,) = folder.parts(Path("out") / folders)
+    part.write_bytes(part.read_bytes()[:-99])
+    told = refused(mismatch(faked, *OPTIONS))
+    assert f"{part}: it is damaged" in told and "Remove it: the same command makes it again" in told
+    part.unlink()
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    assert read() == before
 
 
 def test_a_stage_that_dies_is_one_line_with_its_log(tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ def mismatch(
     from verl_fp16.gap_report.errors import GapError
     from verl_fp16.preflight.refusals import ModelError
     from verl_fp16.rows import RowsError
+    from verl_fp16.run_report.places import RunError
 
     try:
         if from_run:
@@ -97,7 +98,7 @@ def mismatch(
             results = _of_model(model, prompts, _measurements(precision, same_tokens, ladder), output, what, restart)
             title = f"{model.name}: rollout against training"
         _show(results, output, title, ladder)
-    except (GapError, ModelError, RowsError) as error:
+    except (GapError, ModelError, RowsError, RunError) as error:
         raise fail(error) from None
     except OSError as error:
         raise fail(f"{error.filename or output}: {error.strerror or error}; what was done so far is kept") from None
@@ -187,15 +188,15 @@ def _as_json(made_of: dict[str, Any]) -> dict[str, Any]:
 
 def _of_runs(named: list[str], output: Path, seed: int) -> Results:
     from verl_fp16.gap_report import from_run, results
+    from verl_fp16.run_report.places import split_name
 
     measured: dict[str, Measured] = {}
     for text in named:
-        name, equals, folder = text.rpartition("=")
-        path = Path(folder)
-        name = name if equals else path.resolve().name
+        given, path = split_name(text)
+        name = given or Path(path).resolve().name
         while name in measured:
             name += "'"
-        measured[name] = from_run.read(path, name)
+        measured[name] = from_run.read(Path(path), name)
     output.mkdir(parents=True, exist_ok=True)
     found = results.compare(list(measured.values()), seed)
     results.write(output, found, {"runs": {name: text for name, text in zip(measured, named, strict=True)}})

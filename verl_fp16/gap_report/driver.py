@@ -86,11 +86,10 @@ def run(
 
 def _longest(work: WorkFolder, measurement: Measurement) -> int:
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     longest = 0
     for file in folder.parts(work.tokens(measurement.tokens.slug)):
-        table = pq.read_table(file, columns=["prompt", "answer"])
+        table = folder.table(file, ["prompt", "answer"])
         lengths = pc.add(pc.list_value_length(table["prompt"]), pc.list_value_length(table["answer"]))
         longest = max(longest, pc.max(lengths).as_py())
     return longest

@@ -140,18 +140,29 @@ def scores_schema() -> pa.Schema:
     return pa.schema([("sample", pa.int64()), ("log_prob", pa.list_(pa.float32()))])
 
 
-def read_part(file: Path) -> dict[str, list[Any]]:
+def table(file: Path, columns: list[str] | None = None) -> pa.Table:
+    """
+    Raises:
+        GapError: the file is damaged.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_table(file).to_pydict()
+    try:
+        return pq.read_table(file, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise GapError(f"{file}: it is damaged ({told}). Remove it: the same command makes it again") from None
+
+
+def read_part(file: Path) -> dict[str, list[Any]]:
+    return table(file).to_pydict()
 
 
 def samples(folder: Path) -> Iterator[int]:
     """Numbers of the samples that are there."""
-    import pyarrow.parquet as pq
-
     for file in parts(folder):
-        yield from pq.read_table(file, columns=["sample"])["sample"].to_pylist()
+        yield from table(file, ["sample"])["sample"].to_pylist()
 
 
 def digest(file: Path) -> str:

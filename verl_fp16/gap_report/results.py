@@ -81,15 +81,14 @@ class _Part:
 
 def _parts(work: WorkFolder, measurement: Measurement) -> Iterator[_Part]:
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     tokens = measurement.tokens.slug
     for file in folder.parts(work.tokens(tokens)):
-        sampled = pq.read_table(file, columns=["sample", "prompt", "answer", "log_mu", "cut"])
-        training = pq.read_table(work.scores("training", measurement.training.slug, tokens) / file.name)
+        sampled = folder.table(file, ["sample", "prompt", "answer", "log_mu", "cut"])
+        training = folder.table(work.scores("training", measurement.training.slug, tokens) / file.name)
         rollout = sampled["log_mu"]
         if measurement.scored:
-            rollout = pq.read_table(work.scores("rollout", measurement.rollout.slug, tokens) / file.name)["log_prob"]
+            rollout = folder.table(work.scores("rollout", measurement.rollout.slug, tokens) / file.name)["log_prob"]
         lengths = pc.list_value_length(sampled["answer"]).to_numpy()
         part = _Part(
             sampled["sample"].to_numpy(),

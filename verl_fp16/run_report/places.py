@@ -51,7 +51,7 @@ def find_runs(named: Sequence[str], evidence: Sequence[str] = ()) -> list[Place]
     Raises:
         RunError: a path is not there, has no log or several; a name is there twice or is none of a run's.
     """
-    given = [_split(argument) for argument in named]
+    given = [split_name(argument) for argument in named]
     logs = [_log_of(Path(path).expanduser()) for _, path in given]
     chosen = [name for name, _ in given]
     names = _unique(chosen, [log for log, _ in logs])
@@ -65,7 +65,7 @@ def find_runs(named: Sequence[str], evidence: Sequence[str] = ()) -> list[Place]
     return places
 
 
-def _split(argument: str) -> tuple[str | None, str]:
+def split_name(argument: str) -> tuple[str | None, str]:
     """Name and path; either may have equals signs, where the path is there."""
     name, equals, path = argument.partition("=")
     if not equals or os.path.lexists(argument):
