@@ -1,4 +1,4 @@
-"""What ``verl-fp16 report`` takes on a long log: seconds and peak memory of a process of its own.
+"""What ``verl-fp16 report`` takes on a long log: seconds, CPU seconds and peak memory of a process of its own.
 
     python benchmarks/report_speed.py [--steps 100000] [--rounds 3] [--out outputs/report-speed.json]
 
@@ -37,7 +37,8 @@ from verl_fp16.cli.app import app
 try:
     app()
 finally:
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print("used", used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, file=sys.stderr)
 """
 
 
@@ -66,7 +67,7 @@ def write_log(path: Path, steps: int, seed: int = 0) -> int:
 
 
 def run(log: Path, folder: Path, parser: str) -> dict[str, float]:
-    """Seconds and peak resident bytes of one report."""
+    """Seconds, CPU seconds and peak resident bytes of one report."""
     command = [sys.executable, "-c", _CHILD, parser, "report", str(log), "-o", str(folder)]
     started = time.perf_counter()
     done = subprocess.run(
@@ -75,8 +76,8 @@ def run(log: Path, folder: Path, parser: str) -> dict[str, float]:
     seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"the report failed:\n{done.stderr[-4000:]}")
-    peak = int(done.stderr.rpartition("peak ")[2])
-    return {"seconds": seconds, "peak_bytes": peak}
+    cpu, peak = done.stderr.rpartition("used ")[2].split()
+    return {"seconds": seconds, "cpu_seconds": float(cpu), "peak_bytes": int(peak)}
 
 
 def measure(steps: int, rounds: int) -> dict[str, Any]:
@@ -88,6 +89,7 @@ def measure(steps: int, rounds: int) -> dict[str, Any]:
             runs = [run(log, Path(folder) / "report", parser) for _ in range(rounds)]
             result[parser] = {
                 "seconds": statistics.median(one["seconds"] for one in runs),
+                "cpu_seconds": statistics.median(one["cpu_seconds"] for one in runs),
                 "all_seconds": [one["seconds"] for one in runs],
                 "peak_bytes": max(one["peak_bytes"] for one in runs),
             }
@@ -101,11 +103,11 @@ def print_table(result: dict[str, Any]) -> None:
 
     title = f"verl-fp16 report, {result['steps']:,} steps, {result['log_bytes'] / 1e6:,.0f} MB; {result['machine']}"
     table = Table(title=title, title_justify="left")
-    for column in ("read with", "seconds", "peak memory, MB"):
+    for column in ("read with", "seconds", "CPU seconds", "peak memory, MB"):
         table.add_column(column, justify="right")
     for parser in ("orjson", "json"):
         row = result[parser]
-        table.add_row(parser, f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}")
+        table.add_row(parser, f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}")
     Console(width=100).print(table)
 
 

@@ -15,12 +15,12 @@ INK, MUTED, FAINT, EDGE, PAPER = "#1f2430", "#6b7280", "#e5e7eb", "#c4c9d2", "#f
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def blank_figure(width: float, height: float, dpi: int = 150) -> Figure:
-    """A figure of so many inches with a constrained layout, which neither uses nor changes the process' own backend."""
+def blank_figure(width: float, height: float, dpi: int = 150, layout: str | None = "constrained") -> Figure:
+    """A figure of so many inches, which neither uses nor changes the process' own backend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=dpi, facecolor=PAPER, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor=PAPER, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

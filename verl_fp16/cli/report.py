@@ -65,7 +65,7 @@ def report(
     """Lay runs over each other in a report: an HTML page, Markdown, and pictures.
 
     The first, the last and the best value of each metric, and where a run went wrong, are printed too. The exit code is
-    0 where a report was written, whatever it says; 2 for a wrong input, 1 where it cannot be written, 130 after Ctrl-C.
+    0 where a report was written, whatever it says, 2 for a wrong input, 1 where it cannot be written, 130 after Ctrl-C.
 
     Example: verl-fp16 report fp16=outputs/quickstart bf16=outputs/quickstart-bf16 -o outputs/report
     """

@@ -102,7 +102,7 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
             "nats per 1,000 tokens",
             _gap("slope_per_1k_tokens"),
             "nearer 0",
-            form=",.3f",
+            form="#.3g",
         ),
         Panel(
             "prob_diff",

@@ -71,8 +71,10 @@ def as_svg(panel: Panel, runs: Sequence[Run], window: int | None) -> str:
 
     # The salt makes the ids in it differ from those of the page's other pictures.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.key}):
-        figure = blank_figure(4.6, 2.6)
-        axes = figure.subplots()
+        # Margins of one size: the panels' axes are in line on the page, and a layout that looks for the smallest ones
+        # takes as long as all the drawing.
+        figure = blank_figure(4.6, 2.6, layout=None)
+        axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.985, "top": 0.95, "bottom": 0.17})
         draw_panel(axes, panel, runs, window, size=8)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -101,20 +103,32 @@ def as_png(title: str, panels: Sequence[Panel], runs: Sequence[Run], window: int
     """A group of panels, two to a row, with one legend."""
     rows = -(-len(panels) // 2)
     columns = min(2, len(panels))
-    figure = blank_figure(6 * columns, 0.9 + 3.5 * rows, dpi=120)
-    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.12, wspace=0.03, hspace=0.05)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=16, fontweight="bold", color=INK)
-    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    handles = _legend(runs, panels)
+    to_a_row = 3 * columns
+    legend_height = 0.3 * -(-len(handles) // to_a_row)
+    width, height = 6.0 * columns, 0.7 + 3.5 * rows + legend_height
+    figure = blank_figure(width, height, dpi=120, layout=None)
+    figure.suptitle(
+        title, x=0.15 / width, y=1 - 0.15 / height, ha="left", va="top", fontsize=16, color=INK, weight="bold"
+    )
+    margins = {"left": 0.85 / width, "right": 1 - 0.2 / width, "top": 1 - 1.0 / height}
+    margins |= {"bottom": (0.65 + legend_height) / height, "wspace": 0.19, "hspace": 0.38}
+    places = figure.subplots(rows, columns, squeeze=False, gridspec_kw=margins).flatten()
     for axes, panel in zip(places, panels, strict=False):
         draw_panel(axes, panel, runs, window, heading=panel.title)
     for axes in places[len(panels) :]:
         axes.set_visible(False)
-    handles = _legend(runs, panels)
     if handles:
-        columns = min(len(handles), 3 * columns)
+        columns = min(len(handles), to_a_row)
         by_row = [handle for column in range(columns) for handle in handles[column::columns]]  # filled by column
         figure.legend(
-            handles=by_row, loc="outside lower left", ncols=columns, frameon=False, fontsize=10.5, labelcolor=INK
+            handles=by_row,
+            loc="lower left",
+            bbox_to_anchor=(0.0, 0.0),
+            ncols=columns,
+            frameon=False,
+            fontsize=10.5,
+            labelcolor=INK,
         )
     image = io.BytesIO()
     with warnings.catch_warnings():
