@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import random
@@ -187,6 +188,15 @@ def hostile_run(tmp_path: Path, text: str) -> Run:
     pq.write_table(table, evidence / "tokens.parquet")
     (place,) = find_runs([f"{text}={log}"])
     return load(place)
+
+
+def test_nothing_in_a_picture_is_cut_off_at_its_edge(two):
+    from matplotlib.image import imread
+
+    for name in (name for name in two if name.endswith(".png")):
+        pixels = imread(io.BytesIO(two[name]))[..., :3]
+        for edge in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]):
+            assert (edge == 1.0).all(), name
 
 
 @pytest.mark.parametrize("text", HOSTILE)

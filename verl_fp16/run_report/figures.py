@@ -76,6 +76,7 @@ def as_svg(panel: Panel, runs: Sequence[Run], window: int | None) -> str:
         figure = blank_figure(4.6, 2.6, layout=None)
         axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.985, "top": 0.95, "bottom": 0.17})
         draw_panel(axes, panel, runs, window, size=8)
+        axes.yaxis.set_label_coords(-0.15, 0.5)  # in line, too
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_page(text.getvalue(), panel)
