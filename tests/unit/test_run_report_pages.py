@@ -10,6 +10,7 @@ import random
 import re
 import warnings
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -216,6 +217,9 @@ def test_names_and_tokens_are_text_on_the_page(tmp_path, monkeypatch, harmless, 
     assert {child.type for child in inline} <= harmless_types | {"text_special"}
     assert len([child for child in inline if child.type == "image"]) == 3
     assert len([outer for outer in tokens if outer.type == "tr_open"]) == 1 + 12 + 1 + 1
+    # Of cells too many, a table shows the first ones only.
+    last = [cell for row, cell in pairwise(tokens) if cell.type == "inline" and row.type == "td_open"][5:72:6]
+    assert len(last) == 12 and all(re.fullmatch("[1-3]|−", cell.content) for cell in last)
 
 
 @settings(max_examples=200, deadline=None)
@@ -301,6 +305,18 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         put(tmp_path, {"a": b"new", "b": b"new"})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
+
+
+def test_a_file_takes_its_name_at_once(tmp_path, monkeypatch):
+    put(tmp_path, {"a": b"old"})
+
+    def replace(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        put(tmp_path, {"a": b"new"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
 
 
 def test_a_new_report_takes_the_place_of_the_old_one(tmp_path):
