@@ -1,9 +1,9 @@
-"""What a model's modules give in FP16: the largest magnitudes and what is not finite, forward and backward. Pure torch."""
+"""What a model's modules give in FP16: largest magnitudes and what is not finite, forward and backward. Pure torch."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,7 @@ class Watch:
         lengths: of the sequences in the batch that comes next. Padding is not looked at, and, of gradients, a
             sequence's last position, which has no loss; where an output's shape tells positions.
         gradients: where gradients are noted.
+        tick: is called at the end of each module's call, with whether it was a recomputation.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -120,6 +121,7 @@ class Watch:
         self.culprits: list[str] = []
         self.lengths: Sequence[int] = ()
         self.gradients: Gradients | None = None
+        self.tick: Callable[[bool], None] = lambda recomputed: None
         self._looking_for_culprit = True
         for name, module in model.named_modules():
             self.kinds[name or THE_MODEL] = class_in_model(module)
@@ -137,7 +139,8 @@ class Watch:
     def _note(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         tensors = [tensor for found in floating_tensors(output).values() for tensor in found]
         # In a backward pass a forward is a recomputation, whose values are known.
-        if torch._C._current_graph_task_id() == -1:
+        recomputed = torch._C._current_graph_task_id() != -1
+        if not recomputed:
             tally, before = self.outputs.setdefault(name, Tally()), self.outputs[name].non_finite
             for tensor in tensors:
                 for part in positions(tensor, self.lengths):
@@ -150,6 +153,7 @@ class Watch:
             for tensor in tensors:
                 if tensor.requires_grad:
                     tensor.register_hook(functools.partial(self._note_gradient, name))
+        self.tick(recomputed)
 
     def _note_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if self.gradients is not None:

@@ -6,7 +6,7 @@ The loss is the one of verl's actor in the first update of a step, where the rat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,6 @@ class Measured:
         outputs: by module, in order of execution.
         gradients: by exponent of the loss scale; of all micro-batches for the first one tried where it did not
             overflow, and for others of those for which it was tried.
-        complete: the exponents that all micro-batches were tried at.
         loss_scales: of each micro-batch.
         finite_loss: whether the forward passes were finite, so that there were backward passes.
     """
@@ -99,20 +98,16 @@ def measure(
     watch: Watch,
     batches: Sequence[MicroBatch],
     start: int,
-    advance: Callable[[str], None],
 ) -> Measured:
     """Run ``batches``.
 
     Args:
         watch: on the model's modules.
         start: exponent of the loss scale that is tried first.
-        advance: is told of each pass before it begins.
     """
     measured = Measured(watch.outputs, watch.kinds, watch.culprits)
-    for number, batch in enumerate(batches, 1):
-        named = f"micro-batch {number} of {len(batches)}"
+    for batch in batches:
         with model.precision():
-            advance(f"forward, {named}")
             watch.start(batch.lengths)
             loss = _loss(model, batch)
             measured.micro_batches += 1
@@ -121,15 +116,12 @@ def measure(
                 # No scale mends a forward pass.
                 measured.finite_loss = False
                 continue
-            _search(model, watch, loss, start, measured, lambda told, named=named: advance(f"{told}, {named}"))
+            _search(model, watch, loss, start, measured)
     return measured
 
 
-def _search(
-    model: StreamedModel, watch: Watch, loss: torch.Tensor, start: int, measured: Measured, advance: Callable[[str], None]
-) -> None:
+def _search(model: StreamedModel, watch: Watch, loss: torch.Tensor, start: int, measured: Measured) -> None:
     def backward(scale: float) -> Gradients:
-        advance(f"backward at loss scale {scale:g}")
         seen = watch.gradients = Gradients(scale)
         try:
             (loss * scale).backward(retain_graph=True)

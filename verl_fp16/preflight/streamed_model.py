@@ -58,7 +58,9 @@ def build(folder: Path) -> nn.Module:
     names = {cls.__name__ for cls in (known if isinstance(known, tuple) else (known,)) if cls is not None}
     if not names or (named is not None and named not in names):
         told = f"{named} is" if named else f"the architecture {config.model_type} has"
-        raise ModelError(f"{file}: {told} no causal language model of transformers', and nothing else is run. {way_out}")
+        raise ModelError(
+            f"{file}: {told} no causal language model of transformers', and nothing else is run. {way_out}"
+        )
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -117,7 +119,9 @@ class StreamedModel:
             yield
 
     def _linear(self, module: nn.Linear, name: str, x: torch.Tensor) -> torch.Tensor:
-        return _StreamedLinear.apply(x.to(DTYPE), self._anchor, self, name, tuple(module.weight.shape), module.bias is not None)
+        return _StreamedLinear.apply(
+            x.to(DTYPE), self._anchor, self, name, tuple(module.weight.shape), module.bias is not None
+        )
 
     def _embedding(self, module: nn.Embedding, name: str, ids: torch.Tensor) -> torch.Tensor:
         return _StreamedEmbedding.apply(ids, self._anchor, self, name, tuple(module.weight.shape), module.padding_idx)
