@@ -114,13 +114,15 @@ def run_here(folder: str, options: list[str]) -> None:
 
     verl_fp16.guard.model.refused_in_float16()
     torch.set_num_threads(1)
-    process = psutil.Process()
-    before = process.memory_info().rss
-    peak, done = [before], threading.Event()
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info()
+    samples = [before]  # those that were the most when they were taken
 
     def sample() -> None:
         while not done.wait(SAMPLE_S):
-            peak[0] = max(peak[0], process.memory_info().rss)
+            now = process.memory_info()
+            if now.rss > samples[-1].rss:
+                samples.append(now)
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -129,13 +131,14 @@ def run_here(folder: str, options: list[str]) -> None:
     seconds = time.monotonic() - started
     done.set()
     sampler.join()
-    found = json.loads(result.stdout)
+    found, peak = json.loads(result.stdout), samples[-1]
     print(
         json.dumps(
             {
-                "after_imports": before,
-                "peak": peak[0],
-                "above_imports": peak[0] - before,
+                "after_imports": before.rss,
+                "peak": peak.rss,
+                "above_imports": peak.rss - before.rss,
+                "of_it_in_files": peak.shared - before.shared,
                 "seconds": seconds,
                 "verdict": found["verdict"],
                 "exit_code": result.exit_code,

@@ -144,7 +144,8 @@ class _Found:
 def _look_at_weights(path: Path, found: _Found) -> None:
     try:
         from verl_fp16.guard.model import refused_in_float16
-        from verl_fp16.preflight.shards import WEIGHT_DTYPES, open_model, read
+        from verl_fp16.preflight.shards import open_model, read
+        from verl_fp16.preflight.tensor_files import WEIGHT_DTYPES
         from verl_fp16.preflight.verdict import judge
         from verl_fp16.preflight.weights import examine, one_thread
     except ImportError as error:

@@ -93,7 +93,7 @@ def fitting(rows: list[dict[str, str]], dispensable: Sequence[str]) -> tuple[lis
         names = [name for name in names if any(row[name] != "0" for row in rows)]
         widths = {name: max(len(name), *(len(row[name]) for row in rows)) + 3 for name in names}
         for name in dispensable:
-            if name in names and sum(widths[other] for other in names) >= shutil.get_terminalsize_of().columns:
+            if name in names and sum(widths[other] for other in names) >= shutil.get_terminal_size().columns:
                 names.remove(name)
     return names, [[row[name] for name in names] for row in rows]
 

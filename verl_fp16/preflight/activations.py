@@ -15,7 +15,7 @@ from verl_fp16.module_trace import floating_tensors
 
 LARGEST = 65504.0
 THE_MODEL = "(the model)"
-_PIECE = 2**22
+_PIECE = 2**20
 
 
 @dataclass

@@ -19,7 +19,7 @@ from verl_fp16.preflight.streamed_model import StreamedModel
 MICRO_BATCH_TOKENS = 512
 """Padded tokens that are run at once, or those of the longest sequence: activations take memory too."""
 
-_ROWS = 64  # of logits that are widened to float32 at once
+_ROWS = 16  # of logits that are widened to float32 at once
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class Measured:
         gradients: by exponent of the loss scale; of all micro-batches for the first one tried where it did not
             overflow, and for others of those for which it was tried.
         loss_scales: of each micro-batch.
-        finite_loss: whether the forward passes were finite, so that there were backward passes.
     """
 
     outputs: dict[str, Tally]
@@ -58,7 +57,6 @@ class Measured:
     loss_scales: list[LossScale] = field(default_factory=list)
     micro_batches: int = 0
     tokens: int = 0
-    finite_loss: bool = True
 
     @property
     def loss_scale(self) -> LossScale | None:
@@ -108,16 +106,18 @@ def measure(
     measured = Measured(watch.outputs, watch.kinds, watch.culprits)
     for batch in batches:
         with model.precision():
-            watch.start(batch.lengths)
-            loss = _loss(model, batch)
-            measured.micro_batches += 1
-            measured.tokens += sum(batch.lengths)
-            if not bool(loss.isfinite()) or any(tally.non_finite for tally in watch.outputs.values()):
-                # No scale mends a forward pass.
-                measured.finite_loss = False
-                continue
-            _search(model, watch, loss, start, measured)
+            _measure(model, watch, batch, start, measured)
     return measured
+
+
+def _measure(model: StreamedModel, watch: Watch, batch: MicroBatch, start: int, measured: Measured) -> None:
+    watch.start(batch.lengths)
+    loss = _loss(model, batch)
+    measured.micro_batches += 1
+    measured.tokens += sum(batch.lengths)
+    # No scale mends a forward pass.
+    if bool(loss.isfinite()) and not any(tally.non_finite for tally in watch.outputs.values()):
+        _search(model, watch, loss, start, measured)
 
 
 def _search(model: StreamedModel, watch: Watch, loss: torch.Tensor, start: int, measured: Measured) -> None:

@@ -1,26 +1,22 @@
-"""A model's parameters as its shards hold them: which stored tensors make up which, and reading them in pieces.
-
-Files are read, not mapped: what is mapped counts as this process's memory as long as the mapping lives.
-"""
+"""A model's parameters as its shards hold them: which stored tensors make up which, and reading them in pieces."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from verl_fp16.preflight.refusals import ModelError, inaccessible, unreadable
-from verl_fp16.preflight.shards import WEIGHT_DTYPES, StoredTensor
+from verl_fp16.preflight.refusals import ModelError
+from verl_fp16.preflight.shards import StoredTensor
+from verl_fp16.preflight.tensor_files import WEIGHT_DTYPES, fill
 
-PIECE = 2**22
+PIECE = 2**20
 """Elements that are held at once of what is read."""
 
 _NAMED = 5
@@ -60,7 +56,6 @@ class StoredWeights:
 
     def __init__(self, model: nn.Module, weights: Sequence[StoredTensor]) -> None:
         self._model = model
-        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         names = {id(tensor): [] for tensor in model.state_dict(keep_vars=True).values()}
         for name, tensor in model.state_dict(keep_vars=True).items():
             names[id(tensor)].append(name)
@@ -91,10 +86,10 @@ class StoredWeights:
         """Fill ``out``, contiguous and of the parameter's shape, with the parameter, rounded to its dtype."""
         recipe = self._recipes[name]
         if recipe.plain is not None:
-            self._fill(out.view(-1), recipe.plain)
+            fill(out.view(-1), recipe.plain, PIECE)
         elif (places := _places(recipe, out.shape)) is not None:
             for source, start in places:
-                self._fill(out.view(-1)[start : start + source.values], source)
+                fill(out.view(-1)[start : start + source.values], source, PIECE)
         else:
             out.copy_(self._converted(name, recipe, tuple(out.shape)))
 
@@ -113,43 +108,14 @@ class StoredWeights:
         for start in range(0, shape[0], step):
             stop = min(start + step, shape[0])
             piece = torch.empty(stop - start, shape[1], dtype=dtype)
-            self._fill(piece.view(-1), recipe.plain, start * shape[1])
+            fill(piece.view(-1), recipe.plain, PIECE, start * shape[1])
             yield slice(start, stop), piece
-
-    def _fill(self, out: torch.Tensor, source: StoredTensor, first: int = 0) -> None:
-        """``out``, flat, becomes the elements of ``source`` from ``first`` on."""
-        at, header = self._header(source.file)
-        dtype = getattr(torch, WEIGHT_DTYPES[source.dtype])
-        start = at + header[source.name]["data_offsets"][0] + first * dtype.itemsize
-        try:
-            with open(source.file, "rb", buffering=0) as file:
-                file.seek(start)
-                for begin in range(0, out.numel(), PIECE):
-                    part = out[begin : begin + PIECE]
-                    buffer = bytearray(part.numel() * dtype.itemsize)
-                    _read_all(file, buffer)
-                    values = torch.frombuffer(buffer, dtype=dtype)
-                    # verl's master weights are float32: float64 is rounded to it first.
-                    part.copy_(values.float() if dtype == torch.float64 else values)
-        except OSError as error:
-            raise inaccessible(source.file, error) from None
-
-    def _header(self, file: Path) -> tuple[int, dict[str, Any]]:
-        """Where the values begin, and the header: eight bytes of its length, JSON, then the values."""
-        if file not in self._headers:
-            try:
-                with open(file, "rb") as opened:
-                    length = int.from_bytes(opened.read(8), "little")
-                    self._headers[file] = 8 + length, json.loads(opened.read(length))
-            except (OSError, ValueError) as error:
-                raise unreadable(file, error) from None
-        return self._headers[file]
 
     def _converted(self, name: str, recipe: _Recipe, shape: tuple[int, ...]) -> torch.Tensor:
         conversion = copy.deepcopy(recipe.conversion)
         for pattern, sources in recipe.sources.items():
             for source in sources:
-                conversion.add_tensor(name, source.name, pattern, lambda source=source: self._whole(source))
+                conversion.add_tensor(name, source.name, pattern, lambda source=source: _whole(source))
         made = conversion.convert(name, model=self._model, config=self._model.config)
         value = made.get(name)
         value = value[0] if isinstance(value, list) else value
@@ -161,19 +127,11 @@ class StoredWeights:
             )
         return value
 
-    def _whole(self, source: StoredTensor) -> torch.Tensor:
-        tensor = torch.empty(source.shape, dtype=getattr(torch, WEIGHT_DTYPES[source.dtype]))
-        self._fill(tensor.view(-1), source)
-        return tensor
 
-
-def _read_all(file: Any, buffer: bytearray) -> None:
-    view = memoryview(buffer)
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise OSError(5, "it ends before its last tensor")
-        view = view[count:]
+def _whole(source: StoredTensor) -> torch.Tensor:
+    tensor = torch.empty(source.shape, dtype=getattr(torch, WEIGHT_DTYPES[source.dtype]))
+    fill(tensor.view(-1), source, PIECE)
+    return tensor
 
 
 def _recipes(
