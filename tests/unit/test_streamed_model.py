@@ -64,7 +64,7 @@ class Whole:
     def _note(self, name: str, output) -> None:
         for tensor in output if isinstance(output, tuple) else (output,):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                self.outputs[name] = max(self.outputs.get(name, 0.0), float(tensor.abs().max()))
+                self.outputs[name] = max(self.outputs.get(name, 0.0), float(tensor.detach().abs().max()))
                 if tensor.requires_grad:
                     tensor.register_hook(lambda gradient: self._note_gradient(name, gradient))
 

@@ -155,8 +155,9 @@ class Watch:
                     tensor.register_hook(functools.partial(self._note_gradient, name))
         self.tick(recomputed)
 
-    def _note_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        if self.gradients is not None:
+    def _note_gradient(self, name: str, gradient: torch.Tensor | None) -> None:
+        # autograd hands over None where an output has no part in the loss.
+        if self.gradients is not None and gradient is not None:
             self.gradients.note(self.gradients.outputs, name, positions(gradient, self.lengths, last=False))
 
 
