@@ -20,6 +20,6 @@ def test_a_gpu_shows_what_the_cpu_does(kind, request):
     assert found["cuda"].outputs.keys() == found["cpu"].outputs.keys()
     for name, tally in found["cpu"].outputs.items():
         assert found["cuda"].outputs[name].largest == pytest.approx(tally.largest, rel=0.02), name
-    for name, largest in found["cpu"].unscaled("outputs").items():
-        assert found["cuda"].unscaled("outputs")[name] == pytest.approx(largest, rel=0.05), name
+    for name, largest in found["cpu"].largest_outputs.items():
+        assert found["cuda"].largest_outputs[name] == pytest.approx(largest, rel=0.05), name
     assert torch.cuda.memory_allocated() < 64 * 2**20

@@ -155,12 +155,27 @@ def test_where_only_the_backward_pass_overflows_it_says_which_scale_to_set(tiny_
 
 def measured_of(found: dict) -> Measured:
     """Enough of it to name the largest gradient."""
-    gradients = Gradients(1.0)
-    for kind, rows in (("outputs", found["run"]["modules"]), ("weights", found["run"]["parameters"])):
-        for row in rows:
-            if row["gradient_max_abs"] is not None:
-                getattr(gradients, kind)[row["name"]] = Tally(largest=row["gradient_max_abs"])
-    return Measured({}, {}, [], {0: gradients})
+    outputs, weights = (
+        {row["name"]: row["gradient_max_abs"] for row in found["run"][kind] if row["gradient_max_abs"] is not None}
+        for kind in ("modules", "parameters")
+    )
+    return Measured({}, {}, [], largest_outputs=outputs, largest_weights=weights)
+
+
+def test_of_several_micro_batches_the_worst_counts():
+    measured = Measured({}, {}, [])
+    for exponent, largest, bad in ((16, 0.25, 0), (16, 0.0, 3), (9, 100.0, 0)):
+        seen = Gradients(2.0**exponent)
+        seen.outputs["a"] = Tally(9, bad, 0, largest * 2.0**exponent)
+        measured.note(exponent, seen)
+    measured.loss_scales += [LossScale(17, False, 0.25, (16,)), LossScale(9, True, 100.0, (16, 9, 10))]
+    assert measured.largest_outputs == {"a": 100.0}
+    assert measured.loss_scale == LossScale(9, True, 100.0, (16, 9, 10))
+    measured.loss_scales.append(LossScale(9, True, 110.0, (16, 9, 10)))
+    assert (measured.loss_scale.exponent, measured.loss_scale.largest_at_one) == (9, 110.0)
+    measured.loss_scales.append(LossScale(None, False, None, (16, -24)))
+    assert measured.loss_scale.exponent is None
+    assert (measured.gradients[16].non_finite, measured.gradients[16].outputs["a"].values) == (3, 18)
 
 
 def test_experts_and_tied_embeddings(tiny_model, tiny_moe_model, tmp_path):
@@ -355,7 +370,7 @@ def test_ctrl_c_from_outside_during_the_passes(tiny_model):
 def test_thresholds_of_the_verdict(outputs, scale, verdict, told):
     exponent = None if scale is None else int(math.log2(scale))
     found = LossScale(exponent, True, None if scale is None else 65504 / scale, (-24,))
-    measured = Measured(outputs, dict.fromkeys(outputs, "Kind"), [], {}, [found])
+    measured = Measured(outputs, dict.fromkeys(outputs, "Kind"), [], loss_scales=[found])
     judged = run_verdict.judge_run(Verdict("FIT", ()), measured)
     assert judged.verdict == verdict
     assert told is None or told in judged.reasons[0].why

@@ -15,7 +15,7 @@ from torch import nn
 from verl_fp16.cpu.autocast import softmax_in_float32
 from verl_fp16.preflight import stored_weights
 from verl_fp16.preflight.activations import Gradients, Tally, Watch, positions
-from verl_fp16.preflight.passes import MicroBatch, measure, micro_batches
+from verl_fp16.preflight.passes import MICRO_BATCH_TOKENS, MicroBatch, measure, micro_batches
 from verl_fp16.preflight.refusals import ModelError
 from verl_fp16.preflight.shards import open_model
 from verl_fp16.preflight.stored_weights import StoredWeights
@@ -221,7 +221,7 @@ def test_micro_batches_hold_like_lengths_and_bounded_padding():
     lengths = [length for batch in batches for length in batch.lengths]
     assert lengths == sorted(range(10, 300, 17))
     for batch in batches:
-        assert len(batch.lengths) * max(batch.lengths) <= 512 or len(batch.lengths) == 1
+        assert len(batch.lengths) * max(batch.lengths) <= MICRO_BATCH_TOKENS or len(batch.lengths) == 1
         assert set(batch.advantages) <= {-1.0, 1.0}
     assert {a for batch in batches for a in batch.advantages} == {-1.0, 1.0}
     assert micro_batches(sequences(10, 20), seed=1) == micro_batches(sequences(10, 20), seed=1)

@@ -77,9 +77,9 @@ def as_json(run: Run) -> dict[str, Any]:
 
 def _rows(measured: Measured) -> list[dict[str, Any]]:
     """One for each module that gave numbers, the worst first: what is not finite, then what is closest to the limit."""
-    from verl_fp16.preflight.run_verdict import LARGEST, default_exponent
+    from verl_fp16.preflight.run_verdict import HEADROOM, LARGEST, default_exponent
 
-    gradients, weights = measured.unscaled("outputs"), measured.unscaled("weights")
+    gradients, weights = measured.largest_outputs, measured.largest_weights
     of_module: dict[str, float] = {}
     for name, largest in weights.items():
         module = name.rpartition(".")[0]
@@ -100,7 +100,7 @@ def _rows(measured: Measured) -> list[dict[str, Any]]:
                 "gradient": gradients.get(name),
                 "weight_gradient": of_module.get(name),
                 "zero_share": None if zero is None else zero.zero_share,
-                "closeness": max(tally.largest / LARGEST, largest * 2.0 ** default_exponent() / LARGEST),
+                "closeness": max(tally.largest * HEADROOM, largest * 2.0 ** default_exponent()) / LARGEST,
             }
         )
     # Of modules whose outputs are not finite, the first to run comes first.
@@ -197,7 +197,7 @@ def _parameters_json(measured: Measured) -> list[dict[str, Any]]:
             "gradient_max_abs": largest,
             "gradient_zero_share": shown.weights[name].zero_share if shown and name in shown.weights else None,
         }
-        for name, largest in measured.unscaled("weights").items()
+        for name, largest in measured.largest_weights.items()
     ]
 
 

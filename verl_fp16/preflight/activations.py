@@ -174,8 +174,8 @@ def positions(tensor: torch.Tensor, lengths: Sequence[int], last: bool = True) -
     if tensor.dim() < 2 or tuple(tensor.shape[:2]) != (rows, width):
         yield tensor
         return
-    if all(length == width for length in lengths):
-        yield tensor if last else tensor[:, :-1]
+    if last and all(length == width for length in lengths):
+        yield tensor
         return
     for row, length in zip(tensor, lengths, strict=True):
         yield row[: length if last else length - 1]

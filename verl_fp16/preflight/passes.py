@@ -6,8 +6,9 @@ The loss is the one of verl's actor in the first update of a step, where the rat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from verl_fp16.preflight.activations import Gradients, Tally, Watch
 from verl_fp16.preflight.loss_scale_search import LossScale, search
 from verl_fp16.preflight.streamed_model import StreamedModel
 
-MICRO_BATCH_TOKENS = 512
+MICRO_BATCH_TOKENS = 256
 """Padded tokens that are run at once, or those of the longest sequence: activations take memory too."""
 
 _ROWS = 16  # of logits that are widened to float32 at once
@@ -45,8 +46,9 @@ class Measured:
 
     Args:
         outputs: by module, in order of execution.
-        gradients: by exponent of the loss scale; of all micro-batches for the first one tried where it did not
-            overflow, and for others of those for which it was tried.
+        gradients: by exponent of the loss scale, of the micro-batches for which it was tried: the first exponent, all.
+        largest_outputs: by module, the largest gradient of its output without loss scale, in passes that were finite.
+        largest_weights: likewise, by parameter.
         loss_scales: of each micro-batch.
     """
 
@@ -54,6 +56,8 @@ class Measured:
     kinds: dict[str, str]
     culprits: list[str]
     gradients: dict[int, Gradients] = field(default_factory=dict)
+    largest_outputs: dict[str, float] = field(default_factory=dict)
+    largest_weights: dict[str, float] = field(default_factory=dict)
     loss_scales: list[LossScale] = field(default_factory=list)
     micro_batches: int = 0
     tokens: int = 0
@@ -67,16 +71,16 @@ class Measured:
         some = [found for found in self.loss_scales if found.exponent is not None]
         if nothing or not some:
             return (nothing or self.loss_scales)[0]
-        return min(some, key=lambda found: (found.exponent, not found.verified))
+        smallest = min(some, key=lambda found: (found.exponent, not found.verified))
+        return replace(smallest, largest_at_one=max(found.largest_at_one for found in some))
 
-    def unscaled(self, kind: str) -> dict[str, float]:
-        """The largest finite gradient of each module (``outputs``) or parameter (``weights``), without the scale."""
-        found: dict[str, float] = {}
-        for exponent, gradients in self.gradients.items():
-            if not gradients.non_finite:
-                for name, tally in getattr(gradients, kind).items():
-                    found[name] = max(found.get(name, 0.0), tally.largest / 2.0**exponent)
-        return found
+    def note(self, exponent: int, seen: Gradients) -> None:
+        """A backward pass of one micro-batch was made."""
+        self.gradients.setdefault(exponent, Gradients(seen.scale)).merge(seen)
+        if not seen.non_finite:
+            for mine, others in ((self.largest_outputs, seen.outputs), (self.largest_weights, seen.weights)):
+                for name, tally in others.items():
+                    mine[name] = max(mine.get(name, 0.0), tally.largest / seen.scale)
 
 
 def micro_batches(sequences: Sequence[Sequence[int]], seed: int) -> list[MicroBatch]:
@@ -128,8 +132,7 @@ def _search(model: StreamedModel, watch: Watch, loss: torch.Tensor, start: int, 
         finally:
             watch.gradients = None
             model.let_go()
-        exponent = int(torch.tensor(scale).log2())
-        measured.gradients.setdefault(exponent, Gradients(scale)).merge(seen)
+        measured.note(math.frexp(scale)[1] - 1, seen)
         return seen
 
     known = measured.loss_scale

@@ -54,7 +54,7 @@ def _reasons(measured: Measured) -> Iterator[Reason]:
         modules = "1 module has" if len(tight) == 1 else f"{len(tight)} modules have"
         yield Reason(
             AT_RISK,
-            f"{modules} activations above a {HEADROOM:.0f}th of float16's range, {LARGEST / HEADROOM:,.0f}: {named}. "
+            f"{modules} a headroom below {HEADROOM:g}, activations above {LARGEST / HEADROOM:,.0f}: {named}. "
             "Fix: try prompts of your own (--prompts), or use +precision=bf16",
         )
     yield from _of_the_loss_scale(measured)
@@ -87,7 +87,7 @@ def _floor(scale: float) -> str:
 
 def largest_gradient(measured: Measured) -> str:
     """The module or the parameter whose gradient is the largest of all."""
-    outputs, weights = measured.unscaled("outputs"), measured.unscaled("weights")
+    outputs, weights = measured.largest_outputs, measured.largest_weights
     if not outputs and not weights:
         return "none"
     output, weight = (max(found, key=found.get) if found else "" for found in (outputs, weights))
