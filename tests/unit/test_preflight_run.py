@@ -25,7 +25,7 @@ from verl_fp16.preflight import run as running
 from verl_fp16.preflight import run_verdict
 from verl_fp16.preflight.activations import Gradients, Tally
 from verl_fp16.preflight.loss_scale_search import LossScale
-from verl_fp16.preflight.passes import Measured
+from verl_fp16.preflight.passes import MICRO_BATCH_TOKENS, Measured
 from verl_fp16.preflight.verdict import Verdict
 
 TIMEOUT_S = 120
@@ -379,3 +379,22 @@ def test_thresholds_of_the_verdict(outputs, scale, verdict, told):
 def test_the_settings_that_are_named_exist():
     settings = LossScaleSettings(init=8, min=0.5)
     assert (settings.init, 2.0 ** run_verdict.default_exponent()) == (8, LossScaleSettings().init)
+
+
+def test_the_page_names_each_key_column_and_threshold(tiny_model):
+    page = (Path(__file__).parents[2] / "docs" / "preflight.md").read_text()
+    found = json.loads(command(tiny_model, "--json").stdout)
+    run = found["run"]
+    keys = {*run, *run["modules"][0], *run["parameters"][0], *run["loss_scale"], *run["loss_scale"]["passes"][0]}
+    keys |= {"weights_verdict", "error", "culprits"} | {f"run.{key}" for key in ("modules", "parameters", "loss_scale")}
+    named = set(re.findall(r"`([\w.]+)`", page)) | {
+        name.partition(".")[2] for name in re.findall(r"`(run\.\w+)`", page)
+    }
+    assert sorted(keys - named) == []
+    header = next(line for line in command(tiny_model).stdout.splitlines() if line.startswith("module\t"))
+    assert [name for name in header.split("\t") if f"| {name.replace('|', chr(92) + '|')} |" not in page] == []
+    assert (
+        f"a headroom below {run_verdict.HEADROOM:g}; or a largest loss scale below {run_verdict.SMALLEST_SCALE:g}"
+        in page
+    )
+    assert f"Micro-batches have at most {MICRO_BATCH_TOKENS} tokens" in page
