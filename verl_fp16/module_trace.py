@@ -129,8 +129,8 @@ class ModuleTrace:
         # Inside a backward pass a forward is a recomputation: its values are those of a call that is noted already.
         if torch._C._current_graph_task_id() != -1:
             return
-        inputs = _floating_tensors((args, kwargs))
-        for device, tensors in _floating_tensors(output).items():
+        inputs = floating_tensors((args, kwargs))
+        for device, tensors in floating_tensors(output).items():
             counts = torch.stack([count_non_finite(tensor) for tensor in tensors]).sum(0).double()
             statistics = torch.cat([counts, _input_statistics(inputs.get(device, []), device)])
             self._calls.append(_Call(name, kind, sum(tensor.numel() for tensor in tensors), statistics))
@@ -149,7 +149,7 @@ def _input_statistics(tensors: list[torch.Tensor], device: torch.device) -> torc
     return torch.stack([non_finite, largest])
 
 
-def _floating_tensors(value: Any) -> dict[torch.device, list[torch.Tensor]]:
+def floating_tensors(value: Any) -> dict[torch.device, list[torch.Tensor]]:
     """The floating tensors in ``value`` that have elements, each once, by device; of a DTensor the local shard."""
     found: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
     seen: set[int] = set()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 _BATCH = 256  # rows of a file that are in memory at a time
 _MAGIC = b"PAR1"
 _CONTEXT = 60
+_PROMPT = "prompt"
+_NO_TEXT = (".jsonl", ".json", ".ndjson", ".parquet")
 
 
 class RowsError(ValueError):
@@ -26,9 +29,10 @@ def read_rows(file: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
     Raises:
         RowsError: it is not there, empty, neither Parquet nor JSON lines, or lacks a column.
     """
-    if is_parquet(file):
-        yield from _parquet_rows(file, needed)
-        return
+    yield from _parquet_rows(file, needed) if is_parquet(file) else _json_rows(file, needed)
+
+
+def _json_rows(file: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
     for number, line in _lines(file):
         try:
             row = json.loads(line)
@@ -75,27 +79,31 @@ class Prompt:
     content: str | list[dict[str, Any]]
 
 
-def read_prompts(file: Path) -> Iterator[Prompt]:
-    """Prompts of verl's Parquet or JSON lines (column ``prompt``: messages, or text), or of text, one a line.
+def read_prompts(file: Path, limit: int | None = None) -> Iterator[Prompt]:
+    """The first ``limit`` prompts, or all: of Parquet or JSON lines (column ``prompt``: messages, or text), or of text.
 
-    What does not end with .parquet, .jsonl or .json, and does not begin as Parquet does, is text. Empty lines are none.
+    What does not end with .parquet, .jsonl, .json or .ndjson, and does not begin as Parquet does, is text, with a
+    prompt a line. Empty lines are none. Rows after the last one asked for, and other columns of Parquet, are not read.
 
     Raises:
         RowsError: as :func:`read_rows`; a prompt is neither messages nor text; there is none.
     """
     row = -1
-    for row, content in enumerate(_contents(file)):
+    for row, content in enumerate(islice(_contents(file), limit)):
         yield Prompt(row, content)
     if row < 0:
         raise RowsError(f"{file}: there is no prompt in it")
 
 
 def _contents(file: Path) -> Iterator[str | list[dict[str, Any]]]:
-    if not is_parquet(file) and file.suffix not in (".jsonl", ".json", ".parquet"):
+    parquet = is_parquet(file)
+    if not parquet and file.suffix not in _NO_TEXT:
         yield from (line for _, line in _lines(file))
         return
-    for row, record in enumerate(read_rows(file, ("prompt",))):
-        content = record["prompt"]
+    needed = (_PROMPT,)
+    records = _parquet_rows(file, needed, only=needed) if parquet else _json_rows(file, needed)
+    for row, record in enumerate(records):
+        content = record[_PROMPT]
         if not (isinstance(content, str) and content.strip()) and not is_messages(content):
             raise RowsError(
                 f"{file}, row {row}: prompt has to be text, or a list of messages with role and content, and is "
@@ -113,14 +121,14 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
 
 
-def _parquet_rows(file: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: Path, needed: Sequence[str], only: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as parquet:
             _check_columns(file, parquet.schema_arrow.names, needed)
-            for batch in parquet.iter_batches(batch_size=_BATCH):
+            for batch in parquet.iter_batches(batch_size=_BATCH, columns=only):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         told = " ".join(str(error).split())[:200]
@@ -129,10 +137,13 @@ def _parquet_rows(file: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """Lines with something in them, by their numbers from 1 on."""
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, line.strip()
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise RowsError(f"{file}: this is no UTF-8 text. Give verl's Parquet, or JSON lines or text in UTF-8") from None
 
 
 def _check_columns(file: Path, there: Any, needed: Sequence[str], where: str = "") -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl_fp16.prompt_tokens import tokenize
+
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """torch's name of each precision."""
 
@@ -149,10 +151,7 @@ class Sampler:
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of chat messages, with what makes the model answer, as verl's rollout has them."""
-        ids = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(ids["input_ids"])
+        return tokenize(self.tokenizer, messages)
 
     def room(self, tokens: Sequence[int]) -> int:
         """By how many tokens prompt and answer are shorter than the model's length; negative where too long."""

@@ -36,7 +36,8 @@ def make_model(path: Path, tensors: dict[str, torch.Tensor] | None = None, shard
 
 
 def preflight(path: Path, *options: str):
-    return CliRunner().invoke(app, ["preflight", str(path), *options])
+    """The command on the weights: these models cannot be run."""
+    return CliRunner().invoke(app, ["preflight", str(path), "--weights-only", *options])
 
 
 def found_in(path: Path) -> dict:

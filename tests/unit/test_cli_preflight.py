@@ -11,15 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from preflight_models import INDEX, TENSORS, found_in, make_model, preflight, with_weight
 from safetensors.torch import save_file
 
-from verl_fp16.cli import preflight as command
+from verl_fp16.cli import preflight_weights as command
 from verl_fp16.guard.model import refused_in_float16
-from verl_fp16.preflight import shards, weights
-from verl_fp16.preflight.shards import open_model, read, slices
+from verl_fp16.preflight import tensor_files, weights
+from verl_fp16.preflight.shards import open_model, read
 
 README = Path(__file__).parents[2] / "README.md"
 COUNTED = ["overflow", "inf, nan", "to zero", "subnormal"]
@@ -107,7 +105,7 @@ def test_a_terminal_gets_no_column_of_zeros_and_none_that_it_has_no_room_for(ter
     with monkeypatch.context() as patch:
         patch.setenv("COLUMNS", str(width))
         patch.setattr(command.sys, "stdout", SimpleNamespace(isatty=lambda: terminal))
-        columns, cells = command._columns(rows)
+        columns, cells = command.fitting(rows, command._DISPENSABLE)
     assert columns == names
     assert cells == [[row[name] for name in names] for row in rows]
 
@@ -199,16 +197,6 @@ def test_ctrl_c_is_one_line(tmp_path, monkeypatch):
     assert torch.get_num_threads() == threads
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 40))
-def test_slices_cover_a_tensor_once_and_are_small(shape, most):
-    tensor = torch.zeros(shape)
-    for place in slices(tuple(shape), most):
-        assert tensor[place].numel() <= most
-        tensor[place] += 1
-    assert tensor.numel() == 0 or tensor.min() == tensor.max() == 1
-
-
 def test_pieces_are_the_tensor_and_no_larger_than_asked_for(tmp_path):
     model = open_model(make_model(tmp_path / "model"))
     read_names = []
@@ -222,18 +210,18 @@ def test_pieces_are_the_tensor_and_no_larger_than_asked_for(tmp_path):
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path, monkeypatch):
-    """The largest read, as safetensors answers it, and the same verdict as from one read."""
+    """The largest read, and the same verdict as from one read."""
     path = make_model(tmp_path / "model", {"wide.weight": torch.randn(3, 9000), "tall.weight": torch.randn(9000, 3)})
     whole = found_in(path)
     reads = []
-    original = shards._pieces
+    original = tensor_files.pieces
 
-    def recorded(shard, tensor, piece):
-        for part in original(shard, tensor, 1000):
+    def recorded(tensor, most):
+        for part in original(tensor, 1000):
             reads.append(part.numel())
             yield part
 
-    monkeypatch.setattr(shards, "_pieces", recorded)
+    monkeypatch.setattr("verl_fp16.preflight.shards.pieces", recorded)
     in_pieces = found_in(path)
     assert max(reads) <= 1000 < 27_000
     assert sum(reads) == 54_000

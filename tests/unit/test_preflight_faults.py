@@ -20,7 +20,7 @@ TIMEOUT_S = 120
 
 def in_a_shell(line: str) -> subprocess.CompletedProcess[str]:
     """``line`` in bash, where ``preflight`` is the command; the exit code is the command's, whatever it is piped to."""
-    script = f'preflight() {{ {COMMAND} "$@"; }}; {line}; exit ${{PIPESTATUS[0]}}'
+    script = f'preflight() {{ {COMMAND} "$@" --weights-only; }}; {line}; exit ${{PIPESTATUS[0]}}'
     return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
@@ -79,7 +79,7 @@ def test_ctrl_c_is_130_as_the_help_says(tmp_path):
         "weights.examine = lambda *_: (print('here', flush=True), time.sleep(60))\napp()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "preflight", str(make_model(tmp_path / "model"))],
+        [sys.executable, "-c", code, "preflight", str(make_model(tmp_path / "model")), "--weights-only"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,6 +7,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from verl_fp16.rows import Prompt, RowsError, is_messages, read_prompts, read_rows
 
@@ -25,7 +27,7 @@ def test_prompts_are_read_from_every_format(tmp_path):
     assert list(read_prompts(lines)) == [Prompt(0, CHAT), Prompt(1, "12+7=")]
     text = tmp_path / "prompts"
     text.write_text("one {\n\n  two\n")
-    assert list(read_prompts(text)) == [Prompt(0, "one {"), Prompt(1, "two")]
+    assert list(read_prompts(text)) == [Prompt(0, "one {"), Prompt(1, "  two")]
 
 
 @pytest.mark.parametrize("prompt", (3, "", [], [{"role": "user"}], [{"content": "x"}], None))
@@ -43,6 +45,41 @@ def test_what_is_read_is_read_row_by_row(tmp_path):
     assert next(rows) == {"prompt": "a"}
     with pytest.raises(RowsError, match="lines.jsonl, line 2: this is no JSON"):
         next(rows)
+
+
+def test_no_more_rows_are_read_than_asked_for(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text(json.dumps({"prompt": "a"}) + "\nno JSON\n")
+    assert list(read_prompts(file, 1)) == [Prompt(0, "a")]
+
+
+def test_of_a_table_only_the_prompts_are_read(tmp_path, monkeypatch):
+    file = tmp_path / "table.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": CHAT, "image": "large"}]), file)
+    read = []
+    batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda self, **k: (read.append(batch) or batch for batch in batches(self, **k))
+    )
+    assert list(read_prompts(file)) == [Prompt(0, CHAT)]
+    assert [batch.schema.names for batch in read] == [["prompt"]]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1), min_size=1, max_size=8))
+def test_what_is_written_comes_back(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    (folder / "a.txt").write_text("\n".join(texts), encoding="utf-8")
+    pq.write_table(pa.table({"prompt": texts}), folder / "a.parquet")
+    for name in ("a.jsonl", "a.txt", "a.parquet"):
+        assert [prompt.content for prompt in read_prompts(folder / name)] == texts
+
+
+@pytest.mark.parametrize("name", ("a.txt", "a.jsonl"))
+def test_what_is_not_utf8_is_one_line(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00\n")
+    with pytest.raises(RowsError, match=f"{name}: this is no UTF-8 text"):
+        list(read_prompts(tmp_path / name))
 
 
 def test_a_damaged_table_is_one_line(tmp_path):

@@ -152,10 +152,13 @@ def _measurements(precision: str, same_tokens: bool, ladder: bool) -> list[Measu
 def _of_model(
     model: Path, prompts: Path, measurements: list[Measurement], output: Path, asked: _Asked, restart: bool
 ) -> Results:
+    from transformers import AutoConfig
+
     from verl_fp16.gap_report import driver, folder, results
     from verl_fp16.gap_report import prompts as prompt_files
     from verl_fp16.gap_report.driver import Settings
     from verl_fp16.preflight.shards import open_model
+    from verl_fp16.prompt_tokens import context_of, load_tokenizer
     from verl_fp16.rows import is_parquet
     from verl_fp16.sanity_set.progress import digest_of_model
 
@@ -167,11 +170,10 @@ def _of_model(
         **{name: getattr(asked, name) for name in ("limit", "samples", "max_tokens", "lengths", "seed", "training")},
     }
     work = folder.WorkFolder(output, _as_json(made_of), restart)
-    tokenizer = prompt_files.tokenizer_of(path)
     if not work.prompts.exists():
-        context = prompt_files.context_of(path)
+        context = context_of(AutoConfig.from_pretrained(path))
         room = None if context is None else context - asked.max_tokens
-        prompt_files.write_tokens(prompts, asked.limit, tokenizer, room, work.prompts)
+        prompt_files.write_tokens(prompts, asked.limit, load_tokenizer(path), room, work.prompts)
     settings = Settings(asked.samples, asked.max_tokens, asked.lengths, asked.seed, asked.rollout, asked.training)
     with stages_shown("sequences") as tell:
         driver.run(path, work, measurements, prompt_files.count(work.prompts), settings, tell)

@@ -5,31 +5,37 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from verl_fp16.cli.output import fail, is_terminal, let_go, print_table
-from verl_fp16.cli.progress import in_words, reading
-from verl_fp16.preflight.refusals import ModelError
+from verl_fp16.cli import preflight_run, preflight_weights
+from verl_fp16.cli.output import fail, let_go
+from verl_fp16.cli.progress import progress
+from verl_fp16.preflight.refusals import CONFIG, ModelError
+from verl_fp16.rows import RowsError
 
 if TYPE_CHECKING:
+    from verl_fp16.preflight.run import Options
     from verl_fp16.preflight.shards import Model
     from verl_fp16.preflight.verdict import Verdict
     from verl_fp16.preflight.weights import TensorReport
-    from verl_fp16.weight_cast import CastCounts
 
 CANNOT_TELL, INTERRUPTED = 3, 130
-WORST = 20
 _COLOURS = {"FIT": "green", "AT RISK": "yellow", "UNFIT": "red"}
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
-_DISPENSABLE = ("shape", "BF16 error", "stored", "subnormal", "to zero")  # the first to go where it is narrow
+
+
+class Device(str, Enum):
+    """Where the model is run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 # click's, or the copy of it that newer releases of typer bring along.
@@ -57,46 +63,87 @@ def preflight(
         Path,
         typer.Argument(metavar="MODEL", readable=False, help="A Hugging Face model folder, or a .safetensors file."),
     ],
-    every: Annotated[bool, typer.Option("--all", help=f"Show every tensor, not the {WORST} worst.")] = False,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Read the weights; run nothing.")] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            readable=False,
+            help="Run these: parquet or JSON lines with 'prompt', or text with one a line. Default: generated ones.",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many prompts are run, of --prompts.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="The longest sequence that is run.")] = 512,
+    cut: Annotated[bool, typer.Option("--cut", help="Cut longer prompts; without it they are an error.")] = False,
+    device: Annotated[
+        Device | None, typer.Option(help="Where the model is run. Default: cuda where it is there.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random tokens and of the advantages' signs.")] = 0,
+    every: Annotated[bool, typer.Option("--all", help="Show every tensor and module, not the worst alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Tell what FP16 would do to a model's weights: exit code 0 if it is FIT, 1 if AT RISK, 2 if UNFIT.
+    """Tell what FP16 would do to a model: exit code 0 if it is FIT, 1 if AT RISK, 2 if UNFIT.
 
-    3 means that there is no verdict, and 130 that Ctrl-C was pressed; stderr then has one line that says why.
+    First its weights are read; then it is run in FP16 on prompts, forward and backward: the largest activation of each
+    module, and the largest loss scale that does not overflow.
 
-    The files are read piece by piece; memory does not grow with the model.
+    3 means that there is no verdict, and 130 that Ctrl-C was pressed; stderr then has one line that says why, and what
+    was found until then is printed.
 
-    Example: verl-fp16 preflight ~/models/Qwen3-0.6B
+    Memory does not grow with the model: weights are read piece by piece.
+
+    Example: verl-fp16 preflight ~/models/Qwen3-0.6B --prompts data/train.parquet
     """
-    found = message = None
+    found, message = _Found(), None
     try:
-        found = _examined(model)
-        # A reader that reads no further, as head does, has no quarrel with the verdict: it still is the exit code.
-        with contextlib.suppress(BrokenPipeError):
-            _print(found, every, as_json)
+        _look_at_weights(model, found)
+        if weights_only:
+            found.verdict = found.of_weights
+        else:
+            chosen = {"prompts": prompts, "limit": limit, "max_tokens": max_tokens, "cut": cut, "seed": seed}
+            _look_at_run(found, {**chosen, "device": None if device is None else device.value})
         code = found.verdict.exit_code
     except KeyboardInterrupt:
         code, message = INTERRUPTED, "interrupted; there is no verdict"
     except BaseException as error:  # noqa: BLE001
         # Whatever it is, a panic in safetensors' Rust (no Exception) included: Python ends with 1 for what is not
         # caught, and 1 is a verdict here.
-        code, message = CANNOT_TELL, _what_happened(error, found)
-    # Where printing a verdict failed, stdout has the beginning of another object.
-    raise _end(code, message, as_json and found is None)
+        code, message = CANNOT_TELL, _what_happened(error)
+    if message is not None and code != INTERRUPTED and found.of_weights and found.of_weights.verdict == "UNFIT":
+        # This verdict stands, whatever the model would have done.
+        found.verdict, code = found.of_weights, found.of_weights.exit_code
+    printed = False
+    try:
+        # A reader that reads no further, as head does, has no quarrel with the verdict: it still is the exit code.
+        with contextlib.suppress(BrokenPipeError):
+            printed = found.of_weights is not None
+            _print(found, every, as_json, message)
+    except KeyboardInterrupt:
+        code, message = INTERRUPTED, "interrupted; there is no verdict"
+    except BaseException as error:  # noqa: BLE001  as above
+        code, message = CANNOT_TELL, f"the verdict could not be printed: {_told(error)}"
+    # Where there is something on stdout, or the beginning of it, it has no room for another object.
+    raise _end(code, message, as_json and not printed)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Found:
-    model: Model
-    reports: list[TensorReport]
-    verdict: Verdict
-    seconds: float
+    """What was found so far."""
+
+    model: Model | None = None
+    reports: list[TensorReport] = dataclasses.field(default_factory=list)
+    of_weights: Verdict | None = None
+    seconds: float = 0.0
+    run: preflight_run.Run | None = None
+    notes: tuple[str, ...] = ()
+    verdict: Verdict | None = None
 
 
-def _examined(path: Path) -> _Found:
+def _look_at_weights(path: Path, found: _Found) -> None:
     try:
         from verl_fp16.guard.model import refused_in_float16
-        from verl_fp16.preflight.shards import WEIGHT_DTYPES, open_model, read
+        from verl_fp16.preflight.shards import open_model, read
+        from verl_fp16.preflight.tensor_files import WEIGHT_DTYPES
         from verl_fp16.preflight.verdict import judge
         from verl_fp16.preflight.weights import examine, one_thread
     except ImportError as error:
@@ -105,19 +152,58 @@ def _examined(path: Path) -> _Found:
     started = time.monotonic()
     model = open_model(path)
     reports = []
-    with one_thread(), reading(model.size) as advance:
+    with one_thread(), progress("reading", model.size, size=True) as advance:
         for tensor, pieces in read(model):
             dtype = WEIGHT_DTYPES[tensor.dtype]
             reports.append(examine(tensor.name, tensor.shape, dtype, _counted(pieces, advance)))
     verdict = judge(reports, model.model_type, refused_in_float16())
-    return _Found(model, reports, verdict, time.monotonic() - started)
+    found.model, found.reports, found.of_weights = model, reports, verdict
+    found.notes, found.seconds = model.notes, time.monotonic() - started
 
 
-def _what_happened(error: BaseException, found: _Found | None) -> str:
-    if isinstance(error, ModelError):
+def _look_at_run(found: _Found, chosen: dict[str, Any]) -> None:
+    from verl_fp16.guard.model import refused_in_float16
+
+    if why := _not_run(found.model, refused_in_float16()):
+        found.notes += (f"nothing was run: {why}",)
+        found.verdict = found.of_weights
+        return
+    from verl_fp16.preflight.run import Options
+    from verl_fp16.preflight.run_verdict import judge_run
+
+    found.run = _ran(found.model, Options(**chosen))
+    found.notes += found.run.notes
+    found.verdict = judge_run(found.of_weights, found.run.measured)
+
+
+def _not_run(model: Model, refused: frozenset[str]) -> str | None:
+    if not model.path.is_dir():
+        return "this is one file of weights. Name the model's folder"
+    if not (model.path / CONFIG).is_file():
+        return f"there is no {CONFIG}, which says what the model computes"
+    if model.model_type in refused:
+        return f"vLLM refuses {model.model_type} in float16"
+    return None
+
+
+def _ran(model: Model, options: Options) -> preflight_run.Run:
+    from verl_fp16.preflight.run import prepare, run
+
+    prepared = prepare(model, options)
+    tokens = f"{prepared.sequences.tokens:,} tokens forward and backward on {prepared.model.device.type}"
+    with progress("running", prepared.work, amount=tokens) as advance:
+        measured, seconds = run(prepared, advance)
+    return preflight_run.Run(measured, prepared.sequences, prepared.model.device.type, seconds, prepared.notes)
+
+
+def _what_happened(error: BaseException) -> str:
+    if isinstance(error, ModelError | RowsError):
         return str(error)
-    told = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
-    return f"{'the verdict could not be printed' if found else 'there is no verdict'}: {told}"
+    return f"there is no verdict: {_told(error)}"
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
 
 
 def _end(code: int, message: str | None, as_json: bool) -> typer.Exit:
@@ -132,104 +218,38 @@ def _end(code: int, message: str | None, as_json: bool) -> typer.Exit:
     return typer.Exit(code)
 
 
-def _counted(pieces: Iterator[Any], advance: Callable[[int], None]) -> Iterator[Any]:
+def _counted(pieces: Iterator[Any], advance: Callable[[float], None]) -> Iterator[Any]:
     for piece in pieces:
         yield piece
         advance(piece.nbytes)
 
 
-def _print(found: _Found, every: bool, as_json: bool) -> None:
+def _print(found: _Found, every: bool, as_json: bool, error: str | None) -> None:
+    if found.of_weights is None:
+        return
+    verdict = found.verdict or found.of_weights
     if as_json:
-        typer.echo(_as_json(found.model, found.reports, found.verdict))
+        typer.echo(json.dumps(_as_json(found, verdict, error), indent=2))
+        return
+    preflight_weights.show(found.model, found.reports, every, found.seconds)
+    if found.run is not None:
+        typer.echo("")
+        preflight_run.show(found.run, every)
+        typer.secho(f"{verdict.verdict} for FP16, on these prompts", fg=_COLOURS[verdict.verdict], bold=True)
     else:
-        _show(found.model, found.reports, found.verdict, every, found.seconds)
-
-
-def _as_json(model: Model, reports: list[TensorReport], verdict: Verdict) -> str:
-    found = {
-        "verdict": verdict.verdict,
-        "reasons": [dataclasses.asdict(reason) for reason in verdict.reasons],
-        "notes": model.notes,
-        "model": str(model.path),
-        "model_type": model.model_type,
-        "total": dataclasses.asdict(_total(reports)),
-        "tensors": [dataclasses.asdict(report) for report in reports],
-        "skipped": [{"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype} for tensor in model.skipped],
-    }
-    return json.dumps(found, indent=2)
-
-
-def _total(reports: list[TensorReport]) -> CastCounts:
-    from verl_fp16.weight_cast import CastCounts
-
-    return sum((report.counts for report in reports), CastCounts())
-
-
-def _show(model: Model, reports: list[TensorReport], verdict: Verdict, every: bool, seconds: float) -> None:
-    from verl_fp16.preflight.verdict import by_severity
-
-    shown = by_severity(reports)[: None if every else WORST]
-    columns, rows = _columns([_cells(report) for report in shown])
-    print_table(columns, rows, header=True)
-    total = _total(reports)
-    rest = f"; shown are the {len(shown)} worst, --all shows every one" if len(shown) < len(reports) else ""
-    tensors = "1 tensor" if len(reports) == 1 else f"{len(reports):,} tensors"
-    typer.echo(f"{tensors}, {total.values:,} weights, {in_words(model.size)} in {seconds:.1f} s{rest}")
-    typer.echo(
-        f"in FP16 {total.overflow:,} overflow, {total.non_finite:,} were inf or nan before, "
-        f"{_part(total.flushed, total)} become zero, {_part(total.subnormal, total)} subnormal; "
-        f"largest |w| {total.max_abs:.4g}"
-    )
-    if left_out := [name for name in _cells(shown[0]) if name not in columns]:
-        typer.echo(f"left out, being zero or for want of room: {' | '.join(left_out)}; --json has everything")
-    typer.echo("errors are of rounding, relative to the weights, root mean square; none where that dtype is stored")
-    if model.skipped:
-        named = ", ".join(f"{tensor.name} ({tensor.dtype})" for tensor in model.skipped[:5])
-        more = f" and {len(model.skipped) - 5} more" if len(model.skipped) > 5 else ""
-        typer.echo(f"skipped, being no weights: {named}{more}")
-    typer.secho(f"{verdict.verdict} for FP16, as far as its weights tell", fg=_COLOURS[verdict.verdict], bold=True)
+        told = f"{verdict.verdict} for FP16, as far as its weights tell"
+        typer.secho(told, fg=_COLOURS[verdict.verdict], bold=True)
     for number, reason in enumerate(verdict.reasons, 1):
         typer.echo(f"{number}. {reason.verdict}: {reason.why}")
-    for note in model.notes:
+    for note in found.notes:
         typer.echo(f"note: {note}")
 
 
-def _cells(report: TensorReport) -> dict[str, str]:
-    counts = report.counts
-    errors = {"FP16 error": ("float16", report.fp16_error), "BF16 error": ("bfloat16", report.bf16_error)}
-    return {
-        "tensor": report.name,
-        "shape": "x".join(map(str, report.shape)) or "scalar",
-        "stored": _SHORT[report.dtype],
-        "max |w|": f"{counts.max_abs:.4g}",
-        "overflow": f"{counts.overflow:,}",
-        "inf, nan": f"{counts.non_finite:,}",
-        "to zero": _share(counts.flushed, counts.values),
-        "subnormal": _share(counts.subnormal, counts.values),
-        # What is stored in a dtype has no error in it.
-        **{name: "stored" if report.dtype == dtype else _error(value) for name, (dtype, value) in errors.items()},
-    }
-
-
-def _columns(rows: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
-    """The rows for :func:`print_table`; a terminal gets no column of zeros, and none that it has no room for."""
-    names = list(rows[0])
-    if is_terminal(sys.stdout):
-        names = [name for name in names if any(row[name] != "0" for row in rows)]
-        widths = {name: max(len(name), *(len(row[name]) for row in rows)) + 3 for name in names}
-        for name in _DISPENSABLE:
-            if name in names and sum(widths[other] for other in names) >= shutil.get_terminal_size().columns:
-                names.remove(name)
-    return names, [[row[name] for name in names] for row in rows]
-
-
-def _error(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.2g}" if part else "0"
-
-
-def _part(part: int, total: CastCounts) -> str:
-    return f"{part:,} ({part / total.values:.2g})" if part else "0"
+def _as_json(found: _Found, verdict: Verdict, error: str | None) -> dict[str, Any]:
+    told = {**preflight_weights.as_json(found.model, found.reports, verdict), "notes": found.notes}
+    if found.run is not None:
+        told |= {"weights_verdict": found.of_weights.verdict, "run": preflight_run.as_json(found.run)}
+    if error is not None:
+        told |= {"weights_verdict": found.of_weights.verdict, "error": error}
+        told["verdict"] = found.verdict.verdict if found.verdict else None
+    return told

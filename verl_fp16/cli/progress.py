@@ -127,42 +127,48 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def reading(total: int, announced: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show how much is read and how long the rest takes; yields what has to be told of each number of bytes.
+def progress(
+    what: str, total: float, size: bool = False, amount: str = "", announced: bool = True
+) -> Iterator[Callable[[float], None]]:
+    """Show how much of one thing is done; what is yielded is to be told of each part of ``total``.
 
     Args:
-        total: bytes that there are.
+        what: is done, such as reading.
+        size: whether ``total`` is in bytes.
+        amount: of what, for the line at the start; of bytes, their number without it.
         announced: whether there is a line at the start too, where stderr is no terminal.
     """
     if not is_terminal(sys.stderr):
-        yield _ReadingLines(total, announced)
+        yield _PartLines(what, total, (amount or (in_words(int(total)) if size else "")) if announced else None)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda size: progress.update(task, advance=size)
+    done = DownloadColumn(binary_units=True) if size else TaskProgressColumn()
+    columns = (TextColumn(what), BarColumn(), done, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda part: bar.update(task, advance=part)
 
 
-class _ReadingLines:
+class _PartLines:
     """A line at the start, and one about every ten seconds."""
 
-    def __init__(self, total: int, announced: bool) -> None:
-        self._total, self._done = total, 0
+    def __init__(self, what: str, total: float, amount: str | None) -> None:
+        self._what, self._total, self._done = what, total, 0.0
         self._started = self._told = time.monotonic()
-        if announced:
-            self._tell(f"reading {in_words(total)}")
+        if amount is not None:
+            self._tell(f"{what} {amount}".rstrip())
 
-    def __call__(self, size: int) -> None:
-        self._done += size
+    def __call__(self, part: float) -> None:
+        self._done += part
         now = time.monotonic()
         if now - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = now
-            share = min(1.0, self._done / max(1, self._total))  # a file may have grown since it was measured
+            # A file may have grown since it was measured.
+            share = min(1.0, self._done / self._total) if self._total else 1.0
             left = (now - self._started) * (1 - share) / share if share else 0.0
-            self._tell(f"{share:.0%} read, about {left:.0f} s left")
+            self._tell(f"{self._what}: {share:.0%} done, about {left:.0f} s left")
 
     def _tell(self, line: str) -> None:
         with suppress(OSError):  # no reason to stop

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from verl_fp16.cli.output import WRONG_INPUT, fail, is_terminal, let_go, print_table
-from verl_fp16.cli.progress import reading
+from verl_fp16.cli.progress import progress
 
 if TYPE_CHECKING:
     from verl_fp16.run_report.assemble import Run
@@ -119,7 +119,7 @@ def _read(named: Sequence[str], evidence: Sequence[str]) -> list[Run]:
     try:
         places = find_runs(named, evidence)
         total = sum(place.log.stat().st_size for place in places)
-        with reading(total, announced=total >= _LONG) as advance:
+        with progress("reading", total, size=True, announced=total >= _LONG) as advance:
             return [load(place, advance) for place in places]
     except RunError as error:
         raise _ReportError(_one_line(str(error))) from None

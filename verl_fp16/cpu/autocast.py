@@ -8,6 +8,9 @@ gives CPU autocast the same results, in verl's code and in the model's, without 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 _AUTOCAST_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
@@ -52,3 +55,15 @@ def undo() -> None:
     if _library is not None:
         _library._destroy()
         _library = None
+
+
+@contextlib.contextmanager
+def softmax_in_float32() -> Iterator[None]:
+    """:func:`keep_softmax_in_float32` for a while; afterwards it is as it was before."""
+    before = _library is not None
+    keep_softmax_in_float32()
+    try:
+        yield
+    finally:
+        if not before:
+            undo()

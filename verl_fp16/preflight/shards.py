@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from verl_fp16.preflight.place import located
 from verl_fp16.preflight.refusals import CONFIG, INDEX, SINGLE, ModelError, inaccessible, no_safetensors, unreadable
+from verl_fp16.preflight.tensor_files import WEIGHT_DTYPES, pieces, values_start
 
 PIECE = 2**19
 """Elements that are read at once: with larger pieces, new memory for the temporaries costs more than the arithmetic."""
 
-WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
 _SHARD = re.compile(r"(?P<model>.*)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
@@ -32,12 +32,14 @@ class StoredTensor:
 
     Args:
         dtype: in the words of safetensors, such as BF16.
+        start: where in the file its values begin, in bytes.
     """
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
     @property
     def values(self) -> int:
@@ -120,39 +122,13 @@ def _notes(path: Path, folder: Path, model_type: str | None, files: set[str]) ->
 
 
 def read(model: Model, piece: int = PIECE) -> Iterator[tuple[StoredTensor, Iterator[torch.Tensor]]]:
-    """Each weight with its values, in pieces of at most ``piece`` elements; these are to be used up one by one.
+    """Each weight with its values, flat, in pieces of at most ``piece`` elements; these are to be used up one by one.
 
     Raises:
         ModelError: a file has become unreadable since :func:`open_model`.
     """
-    for file in dict.fromkeys(tensor.file for tensor in model.weights):
-        with _opened(file) as shard:
-            for tensor in model.weights:
-                if tensor.file == file:
-                    yield tensor, _pieces(shard, tensor, piece)
-
-
-def _pieces(shard: Any, tensor: StoredTensor, piece: int) -> Iterator[torch.Tensor]:
-    if not tensor.shape:
-        yield shard.get_tensor(tensor.name)
-        return
-    stored = shard.get_slice(tensor.name)
-    for place in slices(tensor.shape, piece):
-        yield stored[place]
-
-
-def slices(shape: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:
-    """Boxes of at most ``most`` elements that make up a tensor of ``shape``, which has at least one dimension."""
-    if math.prod(shape) == 0:
-        return
-    rest = math.prod(shape[1:])
-    step = max(1, most // rest)
-    for start in range(0, shape[0], step):
-        rows = slice(start, min(start + step, shape[0]))
-        if rest <= most:
-            yield (rows,)
-        else:
-            yield from ((rows, *inner) for inner in slices(shape[1:], most))
+    for tensor in model.weights:
+        yield tensor, pieces(tensor, piece)
 
 
 def _headers(path: Path) -> list[StoredTensor]:
@@ -216,7 +192,10 @@ def _header(file: Path) -> list[StoredTensor]:
     with _opened(file) as shard:
         names = shard.offset_keys() if hasattr(shard, "offset_keys") else shard.keys()
         stored = [(name, shard.get_slice(name)) for name in names]
-        return [StoredTensor(name, file, piece.get_dtype(), tuple(piece.get_shape())) for name, piece in stored]
+    starts = values_start(file)
+    return [
+        StoredTensor(name, file, piece.get_dtype(), tuple(piece.get_shape()), starts[name]) for name, piece in stored
+    ]
 
 
 def _opened(file: Path) -> Any:
