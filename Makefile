@@ -18,11 +18,16 @@ quickstart: $(STAMP)
 	@OVERRIDES='$(subst ','\'',$(value OVERRIDES))' $(PY) -m verl_fp16.quickstart \
 		$(if $(PRECISION),--precision '$(PRECISION)') $(if $(SEED),--seed '$(SEED)')
 
+# Most tests of these tiers wait for one child that imports verl: they run beside each other, a file to a process.
+BESIDE = OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 test: $(STAMP) lint
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BESIDE) -m "(unit or contract) and not slow and not alone" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not slow and (alone or not (unit or contract))" $(PYTEST_ARGS)
 
 test-fast: $(STAMP) lint
-	$(PY) -m pytest -m "unit or contract" $(PYTEST_ARGS)
+	$(BESIDE) -m "(unit or contract) and not alone" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "(unit or contract) and alone" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
