@@ -288,7 +288,10 @@ def test_long_prompts_are_cut_where_asked(tiny_model, tmp_path):
 def test_a_wrong_column_and_a_file_that_is_not_there(tiny_model, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "x"}\n')
     result = command(tiny_model, "--prompts", str(tmp_path / "a.jsonl"))
-    assert (result.exit_code, "there is no column prompt. Needed are prompt; here are question" in told_on_stderr(result)) == (3, True)
+    assert (
+        result.exit_code,
+        "there is no column prompt. Needed are prompt; here are question" in told_on_stderr(result),
+    ) == (3, True)
     result = command(tiny_model, "--prompts", str(tmp_path / "gone.txt"))
     assert (result.exit_code, "there is no such file" in told_on_stderr(result)) == (3, True)
 
