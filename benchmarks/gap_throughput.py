@@ -58,13 +58,15 @@ def scoring(model: str, pairs: int) -> dict:
 
     import torch
 
-    from verl_fp16 import standalone
     from verl_fp16.gap_report import folder
     from verl_fp16.gap_report.training_side import TrainingSide, forwards
 
     random.seed(0)
     rows = [(PROMPT, [random.randrange(256) for _ in range(LENGTH)]) for _ in range(REQUESTS)]
     side = TrainingSide(Path(model), "float16", tokens_at_once=4096)
+    # Imports verl, which chooses its platform then: that is the side's to say.
+    from verl_fp16 import standalone
+
     engine = side._engine
     batches = [[[*prompt, *answer] for prompt, answer in batch] for batch in forwards(rows, 4096)]
     made = [standalone.make_batch(batch, use_remove_padding=True) for batch in batches]
