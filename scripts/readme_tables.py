@@ -19,7 +19,7 @@ from verl_fp16.hooks import HOOKS  # noqa: E402
 from verl_fp16.patching import Hook  # noqa: E402
 from verl_fp16.releases import SUPPORTED_VERL  # noqa: E402
 
-README, GAP = ROOT / "README.md", ROOT / "docs" / "gap.md"
+README, GAP, PREFLIGHT = ROOT / "README.md", ROOT / "docs" / "gap.md", ROOT / "docs" / "preflight.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 _ROWS = {
@@ -220,6 +220,36 @@ def _tokens(result: dict) -> str:
     return f"{first['tokens']:,} tokens of {first['sequences']} answers, {result['lengths'].replace(':', ' to ')} each;"
 
 
+def throughput_table() -> str:
+    """What ``verl-fp16 mismatch`` costs beside its engines, from ``gap_throughput-cpu.json``."""
+    result = json.loads((RESULTS / "gap_throughput-cpu.json").read_text())
+    rows = (
+        ("sampling, of vLLM alone", result["sampling"]["vLLM"]),
+        ("scoring, of verl's FSDP engine alone", result["scoring"]["engine"]),
+        ("scoring, of the FSDP module's forward alone", result["scoring"]["module"]),
+    )
+    lines = ["| stage | tokens/s, ratio: median [lowest, highest] | answer tokens/s |", "|---|---|---|"]
+    for name, row in rows:
+        ratio = f"{row['ratio']:.2f} [{row['lowest']:.2f}, {row['highest']:.2f}]"
+        lines.append(f"| {name} | {ratio} | {row['answer_tokens_per_s']:,.0f} |")
+    return "\n".join([*lines, "", f"{rows[0][1]['pairs']} pairs; {_made(result)}"])
+
+
+def preflight_memory_table() -> str:
+    """The memory of ``verl-fp16 preflight``, from ``preflight-memory-cpu.json``."""
+    result = json.loads((RESULTS / "preflight-memory-cpu.json").read_text())
+    shard = result["largest_shard_bytes"]
+    lines = ["| preflight | most memory above the imports | of the largest shard | time |", "|---|---|---|---|"]
+    for label, key in (("`--weights-only`", "weights_only"), ("both halves", "both_halves")):
+        row = result[key]
+        lines.append(
+            f"| {label} | {row['above_imports'] / 1e6:.0f} MB | {row['above_imports'] / shard:.2f} | "
+            f"{row['seconds']:.0f} s |"
+        )
+    checkpoint = f"A checkpoint of {result['checkpoint_bytes'] / 1e9:.1f} GB in {result['shards']} shards"
+    return "\n".join([*lines, "", f"{checkpoint}, the largest of {shard / 1e6:.0f} MB; {_made(result)}"])
+
+
 TABLES = {
     README: {
         "gap": gap_table,
@@ -229,7 +259,8 @@ TABLES = {
         "hooks": hooks_table,
         "versions": versions_table,
     },
-    GAP: {"ladder": ladder_table},
+    GAP: {"ladder": ladder_table, "throughput": throughput_table},
+    PREFLIGHT: {"memory": preflight_memory_table},
 }
 
 
