@@ -19,7 +19,7 @@ from verl_fp16.guard.model import refused_in_float16
 from verl_fp16.preflight import tensor_files, weights
 from verl_fp16.preflight.shards import open_model, read
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "preflight.md"
 COUNTED = ["overflow", "inf, nan", "to zero", "subnormal"]
 COLUMNS = ["tensor", "shape", "stored", "max |w|", *COUNTED, "FP16 error", "BF16 error"]
 
@@ -129,8 +129,8 @@ def test_json_has_everything_and_comes_back(tmp_path):
     assert found["total"]["max_abs"] == pytest.approx(7e4)
 
 
-def test_the_readme_names_each_column_and_key(tmp_path):
-    section = README.read_text().partition("### Does a model fit FP16?")[2].partition("\n## ")[0]
+def test_the_documentation_names_each_column_and_key(tmp_path):
+    section = PAGE.read_text().partition("\n## The weights")[2].partition("\n## ")[0]
     found = found_in(make_model(tmp_path / "model", with_weight(7e4)))
     row = found["tensors"][0]
     keys = {*found, *found["reasons"][0], *row, *row["counts"], *found["skipped"][0], "error"}

@@ -24,7 +24,8 @@ def sequences_of(
         rows.append((length, -d.sum(), np.abs(d).sum(), (np.expm1(-d) + d).sum()))
         rollout.append(mu)
         training.append(mu - d)
-    return Sequences(*np.array(rows, dtype=float).T), np.concatenate(rollout), np.concatenate(training)
+    columns = (*np.array(rows, dtype=float).T, np.arange(number))
+    return Sequences(*columns), np.concatenate(rollout), np.concatenate(training)
 
 
 def test_pairs_are_read_and_written_as_they_are_named():
@@ -78,7 +79,7 @@ def test_intervals_cover_as_often_as_they_say():
 
 def test_pairs_on_the_same_sequences_are_resampled_together():
     one = sequences_of(1e-3)[0]
-    twice = Sequences(one.length, 2 * one.s, 2 * one.abs_sum, 2 * one.k3_sum)
+    twice = Sequences(one.length, 2 * one.s, 2 * one.abs_sum, 2 * one.k3_sum, one.prompt)
     pairs = {"a": twice, "b": one}
     drawn = analysis.resample(pairs, resamples=100)
     factor = analysis.factors("a", analysis.measure(pairs, drawn), drawn)["b"]["k3"]
@@ -86,12 +87,54 @@ def test_pairs_on_the_same_sequences_are_resampled_together():
 
 
 def test_what_cannot_be_measured_is_nan_and_an_empty_pair_an_error():
-    equal = Sequences(*np.ones((4, 5)))
+    equal = Sequences(*np.ones((4, 5)), np.arange(5))
     pairs = {"p": equal}
     found = analysis.measure(pairs, analysis.resample(pairs, resamples=10))["p"]["slope_per_1k_tokens"]
     assert np.isnan([found.value, found.low, found.high]).all()
     with pytest.raises(ValueError, match="there is no sequence in it"):
-        analysis.resample({"p": Sequences(*np.ones((4, 0)))})
+        analysis.resample({"p": Sequences(*np.ones((4, 0)), np.arange(0))})
+
+
+def test_slopes_are_those_of_least_squares():
+    one = sequences_of(1e-2, bias=1e-3, number=50)[0]
+    found = analysis.measure({"p": one}, analysis.resample({"p": one}, resamples=10))["p"]["slope_per_1k_tokens"]
+    assert found.value == pytest.approx(1e3 * np.polyfit(one.length, one.s, 1)[0], rel=1e-9)
+
+
+def test_intervals_cover_where_answers_of_a_prompt_are_alike():
+    """What is sampled is prompts: answers that share a prompt's gap tell hardly more than one of them."""
+    hits = {"mean": 0, "alone": 0}
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        prompt = np.repeat(np.arange(40), 8)
+        gap = 1 + 0.5 * random.standard_normal(40)[prompt] + 0.05 * random.standard_normal(320)
+        length = np.full(320, 100.0)
+        for name, groups in (("mean", prompt), ("alone", np.arange(320))):
+            pairs = {"p": Sequences(length, -gap, gap * length, gap, groups)}
+            found = analysis.measure(pairs, analysis.resample(pairs, resamples=400))["p"]["log_prob_abs_diff_mean"]
+            hits[name] += 1.0 in found
+    assert hits["mean"] >= 51 and hits["alone"] < 45, hits
+
+
+def test_answers_of_a_single_prompt_have_an_interval_of_their_own():
+    one = sequences_of(1e-2, number=30)[0]
+    alike = Sequences(one.length, one.s, one.abs_sum, one.k3_sum, np.zeros(30, dtype=int))
+    pairs = {"p": alike}
+    found = analysis.measure(pairs, analysis.resample(pairs))["p"]["k3"]
+    assert found.low < found.value < found.high
+
+
+def test_a_factor_over_what_may_be_zero_is_none():
+    random = np.random.default_rng(0)
+    coarse, fine = (sequences_of(gap, bias)[0] for gap, bias in ((8e-3, 1e-3), (1e-3, 0.0)))
+    noise = Sequences(fine.length, random.standard_normal(400), fine.abs_sum, fine.k3_sum, fine.prompt)
+    pairs = {"bf16": coarse, "fp16": noise}
+    drawn = analysis.resample(pairs)
+    measured = analysis.measure(pairs, drawn)
+    assert 0.0 in measured["fp16"]["seq_kl"]
+    found = analysis.factors("bf16", measured, drawn)["fp16"]
+    assert np.isnan([found["seq_kl"].value, found["seq_kl"].low, found["seq_kl"].high]).all()
+    assert found["k3"].low > 60
 
 
 def test_the_figures_are_drawn(tmp_path):

@@ -177,7 +177,7 @@ def _of_model(
     settings = Settings(asked.samples, asked.max_tokens, asked.lengths, asked.seed, asked.rollout, asked.training)
     with stages_shown("sequences") as tell:
         driver.run(path, work, measurements, prompt_files.count(work.prompts), settings, tell)
-    found = results.compare([results.read(work, measurement) for measurement in measurements], asked.seed)
+    found = results.compare(results.read(work, measurements, asked.samples), asked.seed)
     results.write(output, found, {"model": str(model), "prompts": str(prompts), **made_of})
     return found
 

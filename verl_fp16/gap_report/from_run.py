@@ -56,10 +56,10 @@ def read(run: Path, name: str) -> Measured:
         raise GapError(f"{newest.parent.parent}: none of the steps in it can be read: copy the folder again")
     length, s = (np.array(values, dtype=float) for values in (lengths, log_ratios))
     unknown = np.full(len(length), np.nan)
-    kept = length > 0
+    kept = (length > 0) & np.isfinite(s)
     found = {"training": dtypes.get("train"), "rollout": dtypes.get("rollout")} if isinstance(dtypes, dict) else {}
     note = NOTE.format(steps=len(numbers), first=numbers[0], last=numbers[-1])
-    columns = Sequences(length[kept], s[kept], unknown[kept], unknown[kept])
+    columns = Sequences(length[kept], s[kept], unknown[kept], unknown[kept], np.arange(len(length))[kept])
     return Measured(name, _over_steps(statistics), columns, counts, found, None, note)
 
 
@@ -71,8 +71,11 @@ def _tables(step: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _over_steps(statistics: list[dict[str, float]]) -> dict[str, float]:
-    """Tokens are added up, and means over tokens weighted by them."""
-    rows = [{name.rpartition("/")[2]: value for name, value in row.items()} for row in statistics]
+    """Tokens are added up, and means over tokens weighted by them; what is not finite is text in the facts."""
+    rows = [
+        {name.rpartition("/")[2]: value for name, value in row.items() if isinstance(value, int | float)}
+        for row in statistics
+    ]
     rows = [row for row in rows if row.get("tokens")]
     total = sum(row["tokens"] for row in rows)
     found = {"tokens": float(total)}

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,10 @@ from verl_fp16.gap_report.errors import GapError
 from verl_fp16.gap_report.folder import WorkFolder
 from verl_fp16.gap_report.sides import Measurement
 from verl_fp16.mismatch.definitions import CUT
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 JSON, SEQUENCES = "mismatch.json", "sequences.parquet"
 
@@ -48,8 +52,35 @@ class Measured:
     note: str = ""
 
 
-def read(work: WorkFolder, measurement: Measurement) -> Measured:
-    """Take a measurement's parts together; all but one of them are on disk at a time."""
+def read(work: WorkFolder, measurements: Sequence[Measurement], samples: int) -> list[Measured]:
+    """Take each measurement's parts together, and write the rows of all sequences to :data:`SEQUENCES`.
+
+    All but one part are on disk at a time.
+
+    Args:
+        samples: answers of a prompt.
+
+    Raises:
+        GapError: a part is damaged, or the file cannot be written; an earlier one of that name is as it was.
+    """
+    import pyarrow.parquet as pq
+
+    file = work.path / SEQUENCES
+    fresh = file.with_name(f".{file.name}.tmp")
+    try:
+        with pq.ParquetWriter(fresh, _rows_schema()) as writer:
+            found = [_read(work, measurement, samples, writer) for measurement in measurements]
+        os.replace(fresh, file)
+    except OSError as error:
+        raise GapError(f"{file}: it cannot be written ({error.strerror or error})") from None
+    finally:
+        fresh.unlink(missing_ok=True)
+    return found
+
+
+def _read(work: WorkFolder, measurement: Measurement, samples: int, writer: pq.ParquetWriter) -> Measured:
+    import pyarrow as pa
+
     from verl_fp16.mismatch.statistics import GapStatistics
 
     statistics, counts, rows = GapStatistics(), 0.0, []
@@ -59,12 +90,20 @@ def read(work: WorkFolder, measurement: Measurement) -> Measured:
     columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     order = np.argsort(columns["sample"], kind="stable")
     columns = {name: column[order] for name, column in columns.items()}
-    sequences = Sequences(*(columns[name] for name in ("length", "log_ratio", "abs_sum", "k3_sum")))
-    whole = columns["length"] > 0
-    _write_sequences(work.path, measurement.name, columns)
-    kept = Sequences(*(column[whole] for column in analysis.columns(sequences)))
-    cut = float(columns["cut"].mean())
+    columns["prompt"] = columns["sample"] // samples
+    named = {"measurement": [measurement.name] * len(columns["sample"]), **columns}
+    writer.write_table(pa.table(named, schema=writer.schema))
+    sequences = Sequences(*(columns[name] for name in ("length", "log_ratio", "abs_sum", "k3_sum", "prompt")))
+    kept, cut = sequences[sequences.length > 0], float(columns["cut"].mean())
     return Measured(measurement.name, statistics.scalars(), kept, counts, _found(work, measurement), cut)
+
+
+def _rows_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    kinds = {"measurement": pa.string(), "sample": pa.int64(), "prompt": pa.int64(), "prompt_length": pa.int64()}
+    kinds |= {"cut": pa.bool_(), "length": pa.float64(), "log_ratio": pa.float64(), "abs_sum": pa.float64()}
+    return pa.schema([*kinds.items(), ("k3_sum", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -139,26 +178,6 @@ def _found(work: WorkFolder, measurement: Measurement) -> dict[str, Any]:
     return {side: json.loads((file / FOUND).read_text()) for side, file in files.items() if (file / FOUND).exists()}
 
 
-def _write_sequences(path: Path, name: str, columns: Mapping[str, np.ndarray]) -> None:
-    """Add a measurement's rows to the file of all of them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    file = path / SEQUENCES
-    table = pa.table({"measurement": [name] * len(columns["sample"]), **columns})
-    if file.exists():
-        there = pq.read_table(file)
-        mine = pa.compute.equal(there["measurement"], name)
-        table = pa.concat_tables([there.filter(pa.compute.invert(mine)), table], promote_options="default")
-    fresh = file.with_name(f".{file.name}.tmp")
-    try:
-        pq.write_table(table, fresh)
-        os.replace(fresh, file)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise GapError(f"{file}: it cannot be written ({error.strerror or error})") from None
-
-
 @dataclass(frozen=True)
 class Results:
     """All of it, with intervals.
@@ -210,7 +229,7 @@ def write(path: Path, results: Results, made_of: Mapping[str, Any]) -> Path:
                 "found": one.found,
                 "note": one.note,
                 "intervals": _plain(results.intervals[one.name]),
-                "statistics": one.statistics,
+                "statistics": {key: _finite(value) for key, value in one.statistics.items()},
                 **({} if one.name == first else {f"factors of {first} over it": _plain(results.factors[one.name])}),
             }
             for one in results.measured
@@ -226,6 +245,9 @@ def write(path: Path, results: Results, made_of: Mapping[str, Any]) -> Path:
 
 def _plain(intervals: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
     return {
-        name: {key: value if np.isfinite(value) else None for key, value in asdict(interval).items()}
-        for name, interval in intervals.items()
+        name: {key: _finite(value) for key, value in asdict(interval).items()} for name, interval in intervals.items()
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
