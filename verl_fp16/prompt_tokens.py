@@ -1,4 +1,4 @@
-"""A model's tokenizer and context, and the tokens of a prompt."""
+"""A model's tokenizer, configuration and context, and the tokens of a prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl_fp16.preflight.refusals import ModelError
+from verl_fp16.preflight.refusals import CONFIG, ModelError
 from verl_fp16.rows import Prompt, RowsError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -31,6 +31,23 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # noqa: BLE001  tokenizers raise anything, an Exception of Rust's included
         raise ModelError(
             f"{folder}: its tokenizer cannot be loaded ({_told(error)}). Save or download it into the model's folder"
+        ) from None
+
+
+def load_config(folder: Path) -> Any:
+    """The configuration of a model's folder.
+
+    Raises:
+        ModelError: there is none that transformers reads.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001  whatever a configuration does not fit, transformers has no class for it
+        raise ModelError(
+            f"{folder / CONFIG}: transformers cannot read it ({_told(error)}). Save or download it again, or install a "
+            "transformers that knows the model"
         ) from None
 
 

@@ -94,10 +94,10 @@ def test_an_interrupted_run_goes_on_and_comes_to_the_same(faked, monkeypatch, tm
     FakeSampler.stop_after = 50
     assert refused(mismatch(faked, *OPTIONS), 130).startswith("interrupted; what was done is in out")
     kept = list(folder.samples(tmp_path / "out" / "tokens" / "bf16"))
-    assert len(kept) == 48 and not (tmp_path / "out" / "mismatch.json").exists()
+    assert len(kept) == 50 and not (tmp_path / "out" / "mismatch.json").exists()
     FakeSampler.stop_after = None
     assert mismatch(faked, *OPTIONS).exit_code == 0
-    assert list(folder.samples(tmp_path / "out" / "tokens" / "bf16"))[:48] == kept, "what was kept is not done again"
+    assert list(folder.samples(tmp_path / "out" / "tokens" / "bf16"))[:50] == kept, "what was kept is not done again"
     assert mismatch(faked, *OPTIONS, output="once").exit_code == 0
     twice, once = read()["measurements"], read("once")["measurements"]
     for name in once:
@@ -182,7 +182,7 @@ def test_weights_are_rounded_once_and_kept_in_float32(faked, tmp_path):
         (("--precision", "fp8"), "--precision fp8: it has to be fp16, bf16, fp32, or TRAINING/ROLLOUT"),
         (("--lengths", "9:3"), "--lengths 9:3: it has to be LEAST:MOST"),
         (("--strategy", "ddp"), "--strategy ddp: it has to be fsdp2 or fsdp"),
-        (("--max-tokens", "500"), "row 0: the prompt has 4 tokens, and beside its answer the model has room for -372"),
+        (("--max-tokens", "500"), "row 0: the prompt has 4 tokens, and beside its answer the model has room for -373"),
         (("--from-run", "x"), "--from-run takes what a run has written: leave MODEL"),
     ),
 )
@@ -212,6 +212,69 @@ def test_a_folder_of_another_measurement_is_left_alone_until_restart(faked):
     assert read() == before
     assert mismatch(faked, *OPTIONS, "--seed", "1", "--restart").exit_code == 0
     assert read()["made_of"]["seed"] == 1
+
+
+def test_restart_takes_away_all_that_was_made_of_another_model(faked, tmp_path):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    few = ("--samples", "2", "--max-tokens", "8", "--ladder")
+    assert mismatch(faked, *few).exit_code == 0
+    other = shutil.copytree(faked, tmp_path / "other")
+    weights = {name: value + 1 for name, value in load_file(faked / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert mismatch(other, *few, "--restart").exit_code == 0
+    rounded = load_file(tmp_path / "out" / "rounded" / "bf16" / "model.safetensors")
+    assert all(torch.equal(rounded[name], weights[name].bfloat16().float()) for name in weights)
+
+
+def test_the_rows_are_those_of_the_numbers_beside_them(faked, tmp_path):
+    few, rows = ("--samples", "3", "--max-tokens", "8"), tmp_path / "out" / "sequences.parquet"
+    assert mismatch(faked, *few, "--precision", "bf16,fp16").exit_code == 0
+    assert pq.read_table(rows)["prompt"].to_pylist() == [number // 3 for number in range(3 * PROMPTS)] * 2
+    rows.write_bytes(b"PAR1, and no more of it")
+    assert mismatch(faked, *few, "--precision", "fp32,bf16").exit_code == 0
+    assert list(dict.fromkeys(pq.read_table(rows)["measurement"].to_pylist())) == list(read()["measurements"])
+
+
+def test_what_was_refused_before_anything_was_made_binds_nobody(faked):
+    assert "Set a shorter --max-tokens" in refused(mismatch(faked, "--max-tokens", "500"))
+    assert mismatch(faked, "--max-tokens", "24").exit_code == 0
+    assert "max_tokens was 24 and is 23" in refused(mismatch(faked, "--max-tokens", "23"))
+
+
+def test_gpus_that_a_layer_is_spread_over_decide_its_rounding_and_are_not_mixed(faked):
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    assert "tensor_parallel_size was 1 and is 2" in refused(mismatch(faked, *OPTIONS, "--tensor-parallel-size", "2"))
+    assert mismatch(faked, *OPTIONS, "--gpu-memory-utilization", "0.5").exit_code == 0
+
+
+def test_vllm_is_built_for_the_tokens_that_there_are(faked):
+    """For the model's own length it may have no room: 128,000 tokens of a large model are tens of GB."""
+    assert mismatch(faked, *OPTIONS, "--same-tokens", "--precision", "bf16,fp16").exit_code == 0
+    longest = max(
+        len(prompt) + len(answer)
+        for part in folder.parts(Path("out/tokens/bf16"))
+        for prompt, answer in zip(*(folder.read_part(part)[name] for name in ("prompt", "answer")), strict=True)
+    )
+    assert [sampler["max_model_len"] for sampler in FakeSampler.made] == [4 + 24, longest + 1, longest + 1]
+
+
+def test_a_configuration_that_cannot_be_read_is_one_line(faked, tmp_path):
+    import shutil
+
+    other = shutil.copytree(faked, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "no-such-model"}))
+    assert "config.json: transformers cannot read it" in refused(mismatch(other, *OPTIONS))
+
+
+def test_damaged_prompts_of_the_folder_are_one_line(faked):
+    assert mismatch(faked, *OPTIONS).exit_code == 0
+    Path("out/prompts.parquet").write_bytes(b"PAR1")
+    assert "prompts.parquet: it is damaged" in refused(mismatch(faked, *OPTIONS))
 
 
 def test_a_full_disk_is_one_line_and_what_was_done_is_kept(faked, monkeypatch, tmp_path):
@@ -285,6 +348,65 @@ def test_a_damaged_part_is_one_line_and_made_again(faked, folders):
     part.unlink()
     assert mismatch(faked, *OPTIONS).exit_code == 0
     assert read() == before
+
+
+def test_a_stage_that_is_ended_keeps_the_answers_that_it_has(tmp_path):
+    """Ctrl-C ends it with SIGTERM, and a part of 256 answers may take an hour."""
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from verl_fp16.gap_report import stage\n"
+        "from verl_fp16.sampling import Answer, Request\n"
+        "class Sampler:\n"
+        "    def sample(self, rows):\n"
+        "        for row in rows:\n"
+        "            yield row, [Answer([1, 2], '', False, [-1.0, -2.0])]\n"
+        "            if row.key == 4: Path('ready').touch(); time.sleep(60)\n"
+        "def fake(tell):\n"
+        "    rows = (Request(n, [1], n) for n in range(9))\n"
+        "    for _ in stage.keep_samples(Sampler(), rows, Path('tokens')): pass\n"
+        "stage.STAGES['fake'] = fake\n"
+        "raise SystemExit(stage.main())\n"
+    )
+    (tmp_path / "spec.json").write_text('{"stage": "fake"}')
+    process = subprocess.Popen(
+        [sys.executable, str(script), "spec.json", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(stage.__file__).parents[2])},
+    )
+    try:
+        for _ in range(600):
+            if (tmp_path / "ready").exists():
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) != 0
+    finally:
+        process.kill()
+    assert list(folder.samples(tmp_path / "tokens")) == [0, 1, 2, 3, 4]
+
+
+def test_answers_are_written_after_a_while_where_they_are_few(faked, monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "_SECONDS_OF_A_PART", 0.0)
+    assert mismatch(faked, "--samples", "2", "--max-tokens", "8").exit_code == 0
+    assert len(folder.parts(tmp_path / "out" / "tokens" / "bf16")) == 2 * PROMPTS
+
+
+def test_evidence_with_numbers_that_are_none_is_read(faked, tmp_path):
+    from evidence_samples import FACTS
+
+    facts = {**FACTS, "scalars": {"mismatch/tokens": 9.0, "mismatch/k3": float("nan"), "mismatch/k1": 0.25}}
+    written(tmp_path / "a" / "verl_fp16" / "mismatch", 3, token(0), facts=facts)
+    result = CliRunner().invoke(app, ["mismatch", "--from-run", "a", "-o", "out"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = read()["measurements"]["a"]
+    assert found["statistics"] == {"tokens": 9.0, "k1": 0.25}
 
 
 def test_a_stage_that_dies_is_one_line_with_its_log(tmp_path, monkeypatch):

@@ -152,13 +152,11 @@ def _measurements(precision: str, same_tokens: bool, ladder: bool) -> list[Measu
 def _of_model(
     model: Path, prompts: Path, measurements: list[Measurement], output: Path, asked: _Asked, restart: bool
 ) -> Results:
-    from transformers import AutoConfig
-
     from verl_fp16.gap_report import driver, folder, results
     from verl_fp16.gap_report import prompts as prompt_files
     from verl_fp16.gap_report.driver import Settings
     from verl_fp16.preflight.shards import open_model
-    from verl_fp16.prompt_tokens import context_of, load_tokenizer
+    from verl_fp16.prompt_tokens import context_of, load_config, load_tokenizer
     from verl_fp16.rows import is_parquet
     from verl_fp16.sanity_set.progress import digest_of_model
 
@@ -168,15 +166,17 @@ def _of_model(
         "model": digest_of_model(path),
         "prompts": folder.digest(prompts),
         **{name: getattr(asked, name) for name in ("limit", "samples", "max_tokens", "lengths", "seed", "training")},
+        "tensor_parallel_size": asked.rollout["tensor_parallel_size"],  # its sums are of other parts
     }
     work = folder.WorkFolder(output, _as_json(made_of), restart)
     if not work.prompts.exists():
-        context = context_of(AutoConfig.from_pretrained(path))
-        room = None if context is None else context - asked.max_tokens
+        context = context_of(load_config(path))
+        # Scoring them, vLLM samples one token beside.
+        room = None if context is None else context - asked.max_tokens - 1
         prompt_files.write_tokens(prompts, asked.limit, load_tokenizer(path), room, work.prompts)
     settings = Settings(asked.samples, asked.max_tokens, asked.lengths, asked.seed, asked.rollout, asked.training)
     with stages_shown("sequences") as tell:
-        driver.run(path, work, measurements, prompt_files.count(work.prompts), settings, tell)
+        driver.run(path, work, measurements, settings, tell)
     found = results.compare(results.read(work, measurements, asked.samples), asked.seed)
     results.write(output, found, {"model": str(model), "prompts": str(prompts), **made_of})
     return found

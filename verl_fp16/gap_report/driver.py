@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from verl_fp16.gap_report import folder
+from verl_fp16.gap_report import folder, prompts
 from verl_fp16.gap_report.errors import GapError
 from verl_fp16.gap_report.folder import WorkFolder
 from verl_fp16.gap_report.sides import Measurement
@@ -48,39 +48,36 @@ class Settings:
     training: dict[str, Any]
 
 
-def run(
-    model: Path, work: WorkFolder, measurements: Sequence[Measurement], prompts: int, settings: Settings, tell: Progress
-) -> None:
+def run(model: Path, work: WorkFolder, measurements: Sequence[Measurement], settings: Settings, tell: Progress) -> None:
     """Make every part that is not there yet.
 
-    Args:
-        prompts: how many of them ``work.prompts`` has.
-
     Raises:
-        GapError: a stage failed; what was done so far is kept.
+        GapError: a stage failed, or a file in ``work`` is damaged; what was done so far is kept.
     """
-    total = prompts * settings.samples
+    number, longest = prompts.count_and_longest(work.prompts)
+    total = number * settings.samples
+    # For the model's own length vLLM may have no room.
+    engine = {**settings.rollout, "max_model_len": longest + settings.max_tokens}
     common = {"model": str(model), "work": str(work.path), "total": total}
     for rollout in dict.fromkeys(measurement.tokens for measurement in measurements):
         target = work.tokens(rollout.slug)
         if sum(1 for _ in folder.samples(target)) < total:
             spec = {**common, "stage": "sample", "side": asdict(rollout), "slug": rollout.slug, "seed": settings.seed}
             spec |= {"samples": settings.samples, "max_tokens": settings.max_tokens, "lengths": settings.lengths}
-            _stage(work, target, {**spec, "engine": settings.rollout}, f"sampling, {rollout.slug}", tell)
+            _stage(work, target, {**spec, "engine": engine}, f"sampling, {rollout.slug}", tell)
     for measurement in measurements:
         names = [part.name for part in folder.parts(work.tokens(measurement.tokens.slug))]
         spec = {**common, "tokens": measurement.tokens.slug}
-        for side, asked in (
-            ("rollout", {"engine": settings.rollout, "longest": _longest(work, measurement)}),
-            ("training", {"settings": settings.training}),
-        ):
+        for side in ("rollout", "training") if measurement.scored else ("training",):
             what = getattr(measurement, side)
-            if side == "rollout" and not measurement.scored:
-                continue
             target = work.scores(side, what.slug, measurement.tokens.slug)
             if all((target / name).exists() for name in names):
                 continue
-            asked |= {**spec, "stage": f"score_{side}", "side": asdict(what), "slug": what.slug}
+            asked = {**spec, "stage": f"score_{side}", "side": asdict(what), "slug": what.slug}
+            if side == "rollout":  # vLLM samples one token beside
+                asked["engine"] = {**engine, "max_model_len": _longest(work, measurement) + 1}
+            else:
+                asked["settings"] = settings.training
             _stage(work, target, asked, f"scoring, {side} {what.slug}", tell)
 
 

@@ -2,7 +2,8 @@
 
 ``measurement.json`` says what everything else was made of. ``prompts.parquet`` has the prompts' tokens;
 ``tokens/ROLLOUT/part-00000.parquet`` answers with the log-probabilities that they were sampled with;
-``rollout/ROLLOUT@TOKENS/`` and ``training/TRAINING@TOKENS/`` what a side says of each of these parts, under its name.
+``rollout/ROLLOUT@TOKENS/`` and ``training/TRAINING@TOKENS/`` what a side says of each of these parts, under its name;
+``rounded/PRECISION/`` the model with weights that were rounded to it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MADE_OF, PROMPTS = "measurement.json", "prompts.parquet"
-_OWN = (MADE_OF, PROMPTS, "tokens", "rollout", "training")
+ROUNDED = "rounded"
+_OWN = (MADE_OF, PROMPTS, "tokens", "rollout", "training", ROUNDED)
 
 
 class WorkFolder:
@@ -48,7 +50,7 @@ class WorkFolder:
             elif any((path / name).exists() for name in _OWN):
                 raise GapError(f"{path} has parts of a measurement, but no {MADE_OF}: begin anew with --restart")
             else:
-                write_whole(file, (json.dumps(dict(made_of), indent=2) + "\n").encode())
+                _write_made_of(file, made_of)
         except OSError as error:
             raise GapError(f"{path}: it cannot be written ({error.strerror})") from None
 
@@ -68,7 +70,9 @@ class WorkFolder:
         if not isinstance(there, dict):
             raise GapError(f"{file} is none of this command's: name another --output, or begin anew with --restart")
         other = [name for name in {**there, **made_of} if there.get(name) != made_of.get(name)]
-        if other:
+        if other and not self.prompts.exists():  # they come first: nothing was made of it
+            _write_made_of(file, made_of)
+        elif other:
             told = ", ".join(f"{name} was {there.get(name)!r} and is {made_of.get(name)!r}" for name in sorted(other))
             raise GapError(
                 f"{self.path} was begun with something else ({told}). Go on with what it was begun with, name another "
@@ -85,6 +89,10 @@ class WorkFolder:
     def scores(self, side: str, name: str, tokens: str) -> Path:
         """``side``: rollout or training; of the tokens that the rollout ``tokens`` sampled."""
         return self.path / side / f"{name}@{tokens}"
+
+
+def _write_made_of(file: Path, made_of: Mapping[str, Any]) -> None:
+    write_whole(file, (json.dumps(dict(made_of), indent=2) + "\n").encode())
 
 
 def parts(folder: Path) -> list[Path]:

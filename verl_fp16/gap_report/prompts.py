@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_fp16.gap_report.errors import GapError
+from verl_fp16.gap_report.folder import table
 from verl_fp16.prompt_tokens import tokens_of
 from verl_fp16.rows import Prompt, read_prompts
 
@@ -48,10 +49,16 @@ def write_tokens(file: Path, limit: int | None, tokenizer: Any, longest: int | N
     return number
 
 
-def count(file: Path) -> int:
-    import pyarrow.parquet as pq
+def count_and_longest(file: Path) -> tuple[int, int]:
+    """How many prompts there are, and the most tokens of one.
 
-    return pq.ParquetFile(file).metadata.num_rows
+    Raises:
+        GapError: the file is damaged.
+    """
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(table(file, ["tokens"])["tokens"])
+    return len(lengths), pc.max(lengths).as_py()
 
 
 def _tokens(file: Path, prompt: Prompt, tokenizer: Any, longest: int | None) -> list[int]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ Tell = Callable[..., None]
 FAILED = 2
 _SEQUENCES_OF_A_PART = 256
 _TOKENS_OF_A_PART = 2**18
+_SECONDS_OF_A_PART = 60.0
 
 
 def main() -> int:
     spec, descriptor = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[2])
     os.set_inheritable(descriptor, False)
+    signal.signal(signal.SIGTERM, _end)
 
     def tell(**what: Any) -> None:
         os.write(descriptor, json.dumps(what).encode() + b"\n")
@@ -39,6 +43,11 @@ def main() -> int:
         tell(failed=str(error))
         return FAILED
     return 0
+
+
+def _end(number: int, frame: Any) -> None:
+    """As an exception, so that what is in memory is written."""
+    raise SystemExit(128 + number)
 
 
 def sample(
@@ -78,19 +87,21 @@ def sample(
 
 
 def keep_samples(sampler: Any, rows: Iterable[Request], target: Path) -> Iterator[None]:
-    """Write one answer of each request to ``target``, in parts; yields after each."""
+    """Write one answer of each request to ``target``, in parts, the last one however it ends; yields after each."""
     columns = _Columns(target, folder.tokens_schema())
-    for request, (answer,) in sampler.sample(rows):
-        columns.add(
-            len(answer.tokens),
-            sample=request.key,
-            prompt=list(request.tokens),
-            answer=answer.tokens,
-            log_mu=answer.log_probs,
-            cut=answer.cut and request.length is None,  # an answer whose length was given is whole
-        )
-        yield
-    columns.flush()
+    try:
+        for request, (answer,) in sampler.sample(rows):
+            columns.add(
+                len(answer.tokens),
+                sample=request.key,
+                prompt=list(request.tokens),
+                answer=answer.tokens,
+                log_mu=answer.log_probs,
+                cut=answer.cut and request.length is None,  # an answer whose length was given is whole
+            )
+            yield
+    finally:
+        columns.flush()
 
 
 def _requests(
@@ -133,7 +144,6 @@ def score_rollout(
     slug: str,
     tokens: str,
     total: int,
-    longest: int,
     engine: dict[str, Any],
 ) -> None:
     """What vLLM's prefill says of tokens that another rollout sampled."""
@@ -145,7 +155,7 @@ def score_rollout(
         _rounded(Path(model), side["weights"], work_folder),
         dtype=DTYPES[side["precision"]],
         max_tokens=1,
-        **{**engine, "max_model_len": engine.get("max_model_len") and min(engine["max_model_len"], longest + 1)},
+        **engine,
     )
     tell(found=sorted(sampler.weight_dtypes()))
     for part, name, done in _missing(tell, work_folder / "tokens" / tokens, target, total):
@@ -202,25 +212,29 @@ def _missing(tell: Tell, source: Path, target: Path, total: int) -> Iterator[tup
 
 
 class _Columns:
-    """Rows on their way into parts of a bounded size."""
+    """Rows on their way into parts of a bounded size, each written a while after its first row at the latest."""
 
     def __init__(self, target: Path, schema: Any) -> None:
         self._target, self._schema = target, schema
-        self._rows: dict[str, list[Any]] = {name: [] for name in schema.names}
-        self._tokens = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._rows: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        self._tokens, self._began = 0, time.monotonic()
 
     def add(self, tokens: int, **row: Any) -> None:
         for name, value in row.items():
             self._rows[name].append(value)
         self._tokens += tokens
-        if len(self._rows["sample"]) >= _SEQUENCES_OF_A_PART or self._tokens >= _TOKENS_OF_A_PART:
+        full = len(self._rows["sample"]) >= _SEQUENCES_OF_A_PART or self._tokens >= _TOKENS_OF_A_PART
+        if full or time.monotonic() - self._began >= _SECONDS_OF_A_PART:
             self.flush()
 
     def flush(self) -> None:
-        if self._rows["sample"]:
-            folder.write_part(folder.next_part(self._target), self._rows, self._schema)
-            self._rows = {name: [] for name in self._rows}
-            self._tokens = 0
+        rows = self._rows
+        self._begin()  # before they are written: whatever interrupts that, no row is written twice
+        if rows["sample"]:
+            folder.write_part(folder.next_part(self._target), rows, self._schema)
 
 
 def _rounded(model: Path, weights: str | None, work: Path) -> Path:
@@ -229,7 +243,7 @@ def _rounded(model: Path, weights: str | None, work: Path) -> Path:
         return model
     from verl_fp16.gap_report.rounding import round_weights
 
-    return round_weights(model, DTYPES[weights], work / f"model-{weights}")
+    return round_weights(model, DTYPES[weights], work / folder.ROUNDED / weights)
 
 
 if __name__ == "__main__":
