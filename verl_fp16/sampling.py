@@ -6,14 +6,13 @@ engine is as busy as with all of them at once, and memory does not grow with the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from verl_fp16.prompt_tokens import tokenize
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """torch's name of each precision."""
@@ -145,14 +144,6 @@ class Sampler:
         self._engine = self._llm.llm_engine
         self.max_model_len: int = self._llm.llm_engine.model_config.max_model_len
 
-    @property
-    def tokenizer(self) -> Any:
-        return self._llm.get_tokenizer()
-
-    def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of chat messages, with what makes the model answer, as verl's rollout has them."""
-        return tokenize(self.tokenizer, messages)
-
     def room(self, tokens: Sequence[int]) -> int:
         """By how many tokens prompt and answer are shorter than the model's length; negative where too long."""
         return self.max_model_len - len(tokens) - self._max_tokens
@@ -190,7 +181,11 @@ class Sampler:
             yield text, [found[at][text.tokens[at]].logprob for at in range(text.start, len(text.tokens))]
 
     def _finished(self, waiting: Iterable[Any], params: Callable[[Any], Any], answers: int) -> Iterator[tuple]:
-        """Each of ``waiting`` with vLLM's output, as they are finished."""
+        """Each of ``waiting`` with vLLM's output, as they are finished.
+
+        Raises:
+            SamplingError: vLLM refuses one, or its engine died.
+        """
         at_once = self._engine.vllm_config.scheduler_config.max_num_seqs
         most = max(1, _BATCHES_IN_FLIGHT * at_once // answers)
         waiting, running = iter(waiting), {}
@@ -199,10 +194,13 @@ class Sampler:
             for item in itertools.islice(waiting, most - len(running)):
                 name = str(next(numbers))
                 running[name] = item
-                self._engine.add_request(name, {"prompt_token_ids": list(item.tokens)}, params(item))
+                with _in_one_line():
+                    self._engine.add_request(name, {"prompt_token_ids": list(item.tokens)}, params(item))
             if not running:
                 return
-            for output in self._engine.step():
+            with _in_one_line():
+                outputs = self._engine.step()
+            for output in outputs:
                 if output.finished:
                     yield running.pop(output.request_id), output
 
@@ -220,6 +218,14 @@ def _answer(choice: Any) -> Answer:
     found = choice.logprobs or ()
     log_probs = [float(entry[token].logprob) for entry, token in zip(found, tokens, strict=False)]
     return Answer(tokens, choice.text, choice.finish_reason == "length", log_probs)
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  vLLM raises anything
+        raise SamplingError(f"vLLM stopped: {type(error).__name__}: {_last_line(error)}") from error
 
 
 def _last_line(error: Exception) -> str:

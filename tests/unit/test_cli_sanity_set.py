@@ -22,18 +22,14 @@ class Sampler:
 
     asked: list = []
     interrupt_after: int | None = None
+    fails = False
 
     def __init__(self, model, **settings):
         Sampler.settings = settings
-        self.max_model_len = 100
-
-    def prompt(self, messages):
-        return [1] * int(messages[0]["content"].partition("long")[2] or 3)
-
-    def room(self, tokens):
-        return self.max_model_len - len(tokens) - self.settings["max_tokens"]
 
     def sample(self, requests):
+        if self.fails:
+            raise sampling.SamplingError("vLLM stopped: its engine died")
         for number, request in enumerate(reversed(list(requests))):
             if number == self.interrupt_after:
                 raise KeyboardInterrupt
@@ -50,7 +46,10 @@ def command(tmp_path, monkeypatch, tiny_model):
     monkeypatch.setattr(sampling, "Sampler", Sampler)
     monkeypatch.setattr(Sampler, "asked", [])
     monkeypatch.setattr(Sampler, "interrupt_after", None)
+    monkeypatch.setattr(Sampler, "fails", False)
+    monkeypatch.setattr(Sampler, "settings", None, raising=False)
     shutil.copytree(tiny_model, tmp_path / "model")
+    command_model.path = tmp_path / "model"
     rows = [
         {"data_source": "d", "prompt": [{"role": "user", "content": str(n)}], "reward_model": {"ground_truth": "yes"}}
         for n in range(QUESTIONS)
@@ -140,6 +139,18 @@ def test_a_folder_that_is_no_model_is_named(command):
     assert done.exit_code == 2 and "it has a config.json and no weights" in done.output
 
 
+def apply_template(content: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    from verl_fp16.prompt_tokens import tokenize
+
+    return tokenize(AutoTokenizer.from_pretrained(command_model.path), [{"role": "user", "content": content}])
+
+
+class command_model:
+    path: Path
+
+
 def question(content: str, source: str = "d") -> dict:
     return {
         "data_source": source,
@@ -149,11 +160,15 @@ def question(content: str, source: str = "d") -> dict:
 
 
 def test_a_prompt_that_is_too_long_is_an_error_or_passed_over(command):
-    write_data(command.folder, [question("0"), question("long95"), *(question("1") for _ in range(6))])
+    length = len(apply_template("1"))
+    write_data(command.folder, [question("0"), question("1" * 200), *(question("1") for _ in range(6))])
     done = command()
-    assert done.exit_code == 2
-    assert "row 1: a prompt of 95 tokens and an answer are 3 tokens longer than the model's 100" in done.output
+    assert done.exit_code == 2 and Sampler.settings is None, "it is told before vLLM is loaded"
+    assert (
+        f"row 1: the prompt has {length + 199} tokens, and beside its answer the model has room for 120" in done.output
+    )
     done = command("--skip-long")
+    assert Sampler.settings["max_model_len"] == length + 8, "vLLM is built for the tokens that there are"
     assert done.exit_code == 0 and "1 questions were passed over: too long" in done.output
 
 
@@ -163,3 +178,55 @@ def test_a_reward_that_raises_ends_it_and_keeps_what_was_counted(command):
     assert done.exit_code == 2 and "score raised ValueError: odd (row 2, answer 'yes')" in done.output
     lines = (command.folder / "out" / "progress.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines[1:]] == [4, 3]
+
+
+def last_line(done, code: int = 2) -> str:
+    assert done.exit_code == code and "Traceback" not in done.output, (done.output, done.exception)
+    return done.output.strip().splitlines()[-1]
+
+
+def test_what_was_refused_before_anything_was_counted_binds_nobody(command):
+    write_data(command.folder, [question("1" * 100), *(question("1") for _ in range(6))])
+    assert "Set a shorter --max-tokens" in last_line(command("--max-tokens", "40"))
+    assert command("--max-tokens", "4").exit_code == 0
+
+
+def test_a_tokenizer_without_a_chat_template_is_one_line(command):
+    folder = command.folder / "model"
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "the model's tokenizer has no chat template" in last_line(command())
+
+
+def test_vllm_that_stops_is_one_line_and_keeps_what_was_counted(command):
+    assert command("--limit", "3").exit_code == 0
+    Sampler.fails = True
+    assert last_line(command()) == "verl-fp16: vLLM stopped: its engine died"
+    assert len((command.folder / "out" / "progress.jsonl").read_text().splitlines()) == 4
+
+
+def test_gpus_that_a_layer_is_spread_over_are_not_mixed(command):
+    assert command("--limit", "3").exit_code == 0
+    assert "tensor_parallel_size was 1 and is 2" in last_line(command("--tensor-parallel-size", "2"))
+
+
+@pytest.mark.parametrize("where", ("selection.draw", "progress.digest", "selection._replace", "reward.load_reward"))
+def test_a_full_disk_is_one_line_wherever_it_is_met(command, monkeypatch, where):
+    from verl_fp16.sanity_set import progress, reward, selection
+
+    module, _, name = where.partition(".")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr({"progress": progress, "reward": reward, "selection": selection}[module], name, full)
+    assert "No space left on device" in last_line(command())
+
+
+@pytest.mark.parametrize("option", (("--top-p", "0"), ("--temperature", "0"), ("--temperature", "-1")))
+def test_sampling_that_vllm_would_refuse_is_refused_before_it_is_loaded(command, option):
+    assert option[0] in last_line(command(*option)) or option[0] in command(*option).output
+    assert Sampler.settings is None

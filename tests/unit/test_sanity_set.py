@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def test_questions_are_read_from_either_format(tmp_path, write):
         ([{**ROW, "prompt": "1+1="}], "row 0: prompt has to be a list of messages"),
         ([{**ROW, "prompt": []}], "row 0: prompt has to be a list of messages"),
         ([{**ROW, "reward_model": {}}], "row 0: reward_model has no ground_truth"),
+        ([{**ROW, "extra_info": "hard"}], "row 0: extra_info has to be an object"),
     ),
 )
 def test_what_is_no_question_is_named(tmp_path, rows, message):
@@ -85,6 +87,9 @@ def raises(**kwargs):
 
 def nothing(**kwargs):
     return None
+
+def of_two_lines(**kwargs):
+    raise ValueError("one\\ntwo")
 """
 
 
@@ -119,14 +124,22 @@ def test_a_reward_that_is_not_there_is_named(rewards, named, message):
         reward.load_reward(named.format(rewards))
 
 
-def test_a_module_that_does_not_load_is_named(tmp_path):
-    (tmp_path / "broken.py").write_text("import nobody_has_this")
-    with pytest.raises(SanitySetError, match="does not load: ModuleNotFoundError"):
+@pytest.mark.parametrize(
+    ("text", "message"), (("import nobody_has_this", "ModuleNotFoundError"), ("raise SystemExit(0)", "SystemExit"))
+)
+def test_a_module_that_does_not_load_is_named(tmp_path, text, message):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(SanitySetError, match=f"does not load: {message}"):
         reward.load_reward(f"{tmp_path / 'broken.py'}:right")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), (("raises", "raised KeyError: 'unheard of' .row 4, answer '2'"), ("nothing", "returned None"))
+    ("name", "message"),
+    (
+        ("raises", "raised KeyError: 'unheard of' .row 4, answer '2'"),
+        ("nothing", "returned None"),
+        ("of_two_lines", "raised ValueError: one two .row 4"),
+    ),
 )
 def test_a_reward_that_fails_names_its_row(rewards, name, message):
     with pytest.raises(SanitySetError, match=message):
@@ -176,6 +189,74 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert Progress(tmp_path / "progress.jsonl", MADE_OF).counted.keys() == {0}
 
 
+class Full(io.FileIO):
+    """A disk with room for ten more bytes."""
+
+    left = 10
+
+    def write(self, data):
+        if not self.left:
+            raise OSError(28, "No space left on device")
+        written = super().write(bytes(data)[: self.left])
+        self.left -= written
+        return written
+
+
+def test_half_a_line_on_a_full_disk_is_taken_back_and_not_written_at_the_end(tmp_path):
+    kept = Progress(tmp_path / "progress.jsonl", MADE_OF)
+    kept.add(Counted(0, 40, 8, 1))
+    before = (tmp_path / "progress.jsonl").read_bytes()
+    log, kept._log = kept._log, Full(tmp_path / "progress.jsonl", "r+b")
+    log.close()
+    kept._log.seek(0, 2)
+    with pytest.raises(SanitySetError, match="No space left on device"):
+        kept.add(Counted(1, 40, 8, 1))
+    kept.close()
+    assert (tmp_path / "progress.jsonl").read_bytes() == before
+
+
+def test_progress_in_which_nothing_was_counted_binds_nobody(tmp_path):
+    file = tmp_path / "progress.jsonl"
+    Progress(file, MADE_OF).close()
+    other = {**MADE_OF, "seed": 1}
+    kept = Progress(file, other)
+    kept.add(Counted(0, 40, 8, 1))
+    kept.close()
+    assert Progress(file, other).counted.keys() == {0}
+    with pytest.raises(SanitySetError, match="seed was 1 and is 0"):
+        Progress(file, MADE_OF)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    (
+        (lambda lines: [b"somebody's notes\n", *lines[1:]], "this is no progress of a sanity set"),
+        (lambda lines: [*lines[:1], b"\0" * 20 + b"\n", *lines[2:]], "line 2: it is damaged"),
+        (lambda lines: [*lines[:2], b'{"row": 5}\n'], "line 3: it is damaged"),
+        (lambda lines: [*lines[:2], b'{"row": 5, "answers": 0, "correct": 0, "cut": 0}\n'], "line 3: it is damaged"),
+        (lambda lines: [b"somebody's only line, and no end to it"], "this is no progress of a sanity set"),
+    ),
+)
+def test_damaged_progress_is_named_and_left_alone(tmp_path, damaged, message):
+    file = tmp_path / "progress.jsonl"
+    kept = Progress(file, MADE_OF)
+    for row in range(3):
+        kept.add(Counted(row, 40, 8, 1))
+    kept.close()
+    file.write_bytes(b"".join(damaged(file.read_bytes().splitlines(keepends=True))))
+    before = file.read_bytes()
+    with pytest.raises(SanitySetError, match=message):
+        Progress(file, MADE_OF)
+    assert file.read_bytes() == before
+
+
+def test_a_header_that_a_crash_left_half_written_is_written_anew(tmp_path):
+    file = tmp_path / "progress.jsonl"
+    file.write_bytes(b'{"made_of": {"model": "a')
+    Progress(file, MADE_OF).close()
+    assert json.loads(file.read_text()) == {"made_of": MADE_OF}
+
+
 @pytest.mark.parametrize(
     ("correct", "answers", "stays"),
     ((7, 40, False), (8, 40, True), (32, 40, True), (33, 40, False), (1, 5, True), (2, 10, True), (0, 5, False)),
@@ -209,6 +290,27 @@ def test_what_stays_is_verls_data_with_the_measured_accuracy(tmp_path, write):
     assert json.loads((tmp_path / selection.SUMMARY).read_text())["kept"] == len(expected)
     assert selection.draw(summary, tmp_path / "a.png", "model").read_bytes()[:4] == b"\x89PNG"
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_every_column_is_carried_along_whichever_row_has_it(tmp_path):
+    rows = [{**ROW, "extra_info": {"index": row}} for row in range(600)]
+    rows[3]["note"] = "of one row"
+    rows[500]["extra_info"]["source"] = "late"
+    rows[500]["tags"] = ["a"]
+    rows[0]["tags"] = None
+    counted = {row: Counted(row, 40, 20, 0) for row in range(600)}
+    bounds = selection.Bounds()
+    summary = selection.summarise(counted.values(), bounds, {})
+    kept = pq.read_table(selection.write(json_lines(tmp_path, *rows), tmp_path, counted, bounds, summary)).to_pylist()
+    assert kept[3]["note"] == "of one row" and kept[4]["note"] is None
+    assert kept[500]["extra_info"] == {"index": 500, "source": "late"} and kept[500]["tags"] == ["a"]
+
+
+def test_the_histogram_tells_those_that_stay_in_a_bin_of_both(tmp_path):
+    rows = [Counted(0, 40, 32, 0), Counted(1, 40, 33, 0), Counted(2, 40, 33, 0)]
+    summary = selection.summarise(rows, selection.Bounds(), {})
+    assert (summary["histogram"][16], summary["histogram_kept"][16]) == (3, 1)
+    assert sum(summary["histogram_kept"]) == summary["kept"] == 1
 
 
 def test_a_set_of_nothing_says_so_and_replaces_nothing(tmp_path):

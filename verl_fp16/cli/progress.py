@@ -40,8 +40,9 @@ def output_goes_to(file: Path) -> Iterator[TextIO]:
                 os.dup2(log.fileno(), place)
             yield stderr
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):  # a full disk: what is said of it has to get out
+                    stream.flush()
             for place, was in zip(places, before, strict=True):
                 os.dup2(was, place)
                 os.close(was)

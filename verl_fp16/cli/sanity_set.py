@@ -12,7 +12,6 @@ from verl_fp16.cli.output import fail
 from verl_fp16.cli.progress import output_goes_to, stages_shown
 
 if TYPE_CHECKING:
-    from verl_fp16.sampling import Sampler
     from verl_fp16.sanity_set.progress import Progress
     from verl_fp16.sanity_set.questions import Question
     from verl_fp16.sanity_set.reward import Reward
@@ -74,6 +73,9 @@ def sanity_set(
         _make(model, data, reward, output, (low, high), limit, skip_long, restart, sampled, engine)
     except (ModelError, RowsError, SamplingError, SanitySetError) as error:
         raise fail(error) from None
+    except OSError as error:
+        where = error.filename or output
+        raise fail(f"{where}: {error.strerror or error}; what was counted so far is kept") from None
     except KeyboardInterrupt:
         raise fail(
             f"interrupted; what was counted is in {output / PROGRESS}, and the same command goes on", INTERRUPTED
@@ -103,6 +105,10 @@ def _make(
     reward = load_reward(named_reward)
     if sampled["precision"] not in DTYPES:
         raise SanitySetError(f"--precision {sampled['precision']}: it has to be {', '.join(DTYPES)}")
+    if sampled["temperature"] <= 0:
+        raise SanitySetError("--temperature 0 makes all answers of a question the same. Set it above 0, as 1")
+    if sampled["top_p"] <= 0:
+        raise SanitySetError("--top-p 0 leaves no token to sample. Set it above 0, as 1")
     model = open_model(model).path
     # The whole file is looked through before anything is loaded: a row that is wrong costs no hour of sampling.
     total = sum(1 for _ in questions.read(data))
@@ -115,6 +121,7 @@ def _make(
         "data": progress.digest(data),
         "reward": f"{progress.digest(Path(named_reward.rpartition(':')[0]))}:{named_reward.rpartition(':')[2]}",
         **sampled,
+        "tensor_parallel_size": engine["tensor_parallel_size"],  # its sums are of other parts
     }
     kept = progress.Progress(file, made_of)
     try:
@@ -142,19 +149,36 @@ def _count(
     """Sample and judge what is not counted yet, up to the row ``total``."""
     from itertools import islice
 
+    from verl_fp16.prompt_tokens import context_of, load_config, load_tokenizer
     from verl_fp16.sampling import DTYPES, Sampler
     from verl_fp16.sanity_set import questions
     from verl_fp16.sanity_set.progress import Counted
 
     names = ("answers", "max_tokens", "temperature", "top_p")
     dtype = DTYPES[sampled["precision"]]
-    rows = (question for question in islice(questions.read(data), total) if question.row not in kept.counted)
+    context = context_of(load_config(model))
+    room = None if context is None else context - sampled["max_tokens"]
+
+    def prompts() -> Iterator[tuple[Question, list[int]]]:
+        rows = (question for question in islice(questions.read(data), total) if question.row not in kept.counted)
+        return _that_fit(rows, data, tokenizer, room, skip_long)
+
     right = seen = 0
     with output_goes_to(kept.file.with_name(LOG)) as stderr, stages_shown("questions", stderr) as tell:
+        tokenizer = load_tokenizer(model)
+        # All of them before vLLM is loaded: one that is too long costs no hour of sampling. And for the model's own
+        # length vLLM may have no room.
+        longest = 0
+        for question, tokens in prompts():
+            longest = max(longest, len(tokens))
+            tell("measuring prompts", question.row + 1, total)
+        if not longest:
+            return
         tell("sampling", len(kept.counted), total)
-        sampler = Sampler(model, dtype=dtype, **{name: sampled[name] for name in names}, **engine)
+        settings = {**{name: sampled[name] for name in names}, **engine}
+        sampler = Sampler(model, dtype=dtype, max_model_len=longest + sampled["max_tokens"], **settings)
         tell("sampling", len(kept.counted), total)
-        for request, found in sampler.sample(_requests(sampler, rows, sampled["seed"], skip_long)):
+        for request, found in sampler.sample(_requests(prompts(), sampled["seed"])):
             question = request.key
             correct = sum(reward(question, answer.text) >= sampled["correct_from"] for answer in found)
             kept.add(Counted(question.row, len(found), correct, sum(answer.cut for answer in found)))
@@ -162,20 +186,29 @@ def _count(
             tell("sampling", len(kept.counted), total, f"{right / seen:.0%} right")
 
 
-def _requests(sampler: Sampler, rows: Iterator[Question], seed: int, skip_long: bool) -> Iterator[Any]:
-    from verl_fp16.sampling import Request
+def _that_fit(
+    rows: Iterator[Question], data: Path, tokenizer: Any, room: int | None, skip_long: bool
+) -> Iterator[tuple[Question, list[int]]]:
+    """Each question with the tokens of its prompt; ``room`` is for so many of them beside the answer."""
+    from verl_fp16.prompt_tokens import tokens_of
+    from verl_fp16.rows import Prompt
     from verl_fp16.sanity_set.errors import SanitySetError
 
     for question in rows:
-        tokens = sampler.prompt(question.messages)
-        if (room := sampler.room(tokens)) < 0:
-            if skip_long:
-                continue
+        tokens = tokens_of(Prompt(question.row, question.messages), data, tokenizer)
+        if room is None or len(tokens) <= room:
+            yield question, tokens
+        elif not skip_long:
             raise SanitySetError(
-                f"row {question.row}: a prompt of {len(tokens):,} tokens and an answer are {-room:,} tokens longer "
-                f"than the model's {sampler.max_model_len:,}. Set a shorter --max-tokens, or pass over such rows with "
-                "--skip-long"
+                f"{data}, row {question.row}: the prompt has {len(tokens):,} tokens, and beside its answer the model "
+                f"has room for {room:,}. Set a shorter --max-tokens, or pass over such rows with --skip-long"
             )
+
+
+def _requests(prompts: Iterator[tuple[Question, list[int]]], seed: int) -> Iterator[Any]:
+    from verl_fp16.sampling import Request
+
+    for question, tokens in prompts:
         yield Request(question, tokens, (seed * 2**32 + question.row) * _SEEDS_OF_A_QUESTION % 2**63)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from verl_fp16.sanity_set.errors import SanitySetError
 
 _PIECE = 2**20
+_BEGINNING = b'{"made_of": '
 
 
 class Counted(NamedTuple):
@@ -51,37 +52,57 @@ class Progress:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             whole = self._read(dict(made_of)) if file.exists() else 0
+            # Without a buffer, which would be written at the end what a full disk had no room for.
+            self._log = open(file, "r+b" if file.exists() else "w+b", buffering=0)
             # A line that a crash left half written is written anew.
-            self._log = open(file, "r+b" if whole else "w+b")
-            self._log.truncate(whole)
-            self._log.seek(whole)
+            self._end_at(whole)
             if not whole:
                 self._append({"made_of": dict(made_of)})
         except OSError as error:
             raise SanitySetError(f"{file}: it cannot be written ({error.strerror})") from None
 
     def _read(self, made_of: dict[str, Any]) -> int:
-        """Take in what is there; returns the length of its whole lines, 0 where there is none."""
-        whole = 0
+        """Take in what is there; returns the length of the lines that stay."""
+        whole, there = 0, None
         with open(self.file, "rb") as log:
-            for number, line in enumerate(log):
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    entry = None
-                if not isinstance(entry, dict):
+            for number, line in enumerate(log, 1):
+                if number == 1 and not line.startswith(_BEGINNING[: len(line)]):
+                    raise self._is_none()
+                if not line.endswith(b"\n"):
                     break
-                if number == 0:
-                    self._check(entry.get("made_of"), made_of)
+                if number == 1:
+                    there = self._made_of(line)
                 else:
-                    counted = Counted(**entry)
+                    counted = self._counted(number, line)
                     self.counted[counted.row] = counted
                 whole += len(line)
+        if not self.counted:  # nothing was made of what it was begun with
+            return 0
+        self._check(there, made_of)
         return whole
 
-    def _check(self, there: Any, made_of: dict[str, Any]) -> None:
-        if not isinstance(there, dict):
-            raise SanitySetError(f"{self.file}: this is no progress of a sanity set. Name another --output")
+    def _made_of(self, line: bytes) -> dict[str, Any]:
+        try:
+            return dict(json.loads(line)["made_of"])
+        except (ValueError, TypeError, KeyError):
+            raise self._is_none() from None
+
+    def _counted(self, number: int, line: bytes) -> Counted:
+        try:
+            counted = Counted(**json.loads(line))
+            if all(type(value) is int for value in counted) and 0 <= counted.correct <= counted.answers > 0:
+                return counted
+        except (ValueError, TypeError):
+            pass
+        raise SanitySetError(
+            f"{self.file}, line {number}: it is damaged. Remove that line, whose question is then sampled again, or "
+            "begin anew with --restart"
+        )
+
+    def _is_none(self) -> SanitySetError:
+        return SanitySetError(f"{self.file}: this is no progress of a sanity set. Name another --output")
+
+    def _check(self, there: dict[str, Any], made_of: dict[str, Any]) -> None:
         other = [name for name in made_of if there.get(name) != made_of[name]]
         if other:
             told = ", ".join(f"{name} was {there.get(name)!r} and is {made_of[name]!r}" for name in other)
@@ -103,8 +124,17 @@ class Progress:
         self.counted[counted.row] = counted
 
     def _append(self, entry: dict[str, Any]) -> None:
-        self._log.write(json.dumps(entry).encode() + b"\n")
-        self._log.flush()
+        line, whole = memoryview(json.dumps(entry).encode() + b"\n"), self._log.tell()
+        try:
+            while line:
+                line = line[self._log.write(line) :]
+        except OSError:
+            self._end_at(whole)
+            raise
+
+    def _end_at(self, size: int) -> None:
+        self._log.truncate(size)
+        self._log.seek(size)
 
     def close(self) -> None:
         self._log.close()

@@ -62,6 +62,6 @@ def _question(file: Path, row: int, record: Mapping[str, Any]) -> Question:
     if not isinstance(reward, Mapping) or "ground_truth" not in reward:
         raise SanitySetError(f"{file}, row {row}: reward_model has no ground_truth")
     extra = record.get("extra_info")
-    return Question(
-        row, messages, str(record["data_source"]), reward["ground_truth"], dict(extra) if extra is not None else {}
-    )
+    if extra is not None and not isinstance(extra, Mapping):
+        raise SanitySetError(f"{file}, row {row}: extra_info has to be an object")
+    return Question(row, messages, str(record["data_source"]), reward["ground_truth"], dict(extra or {}))

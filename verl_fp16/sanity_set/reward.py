@@ -47,7 +47,7 @@ def load_reward(named: str) -> Reward:
             )
         except Exception as error:  # noqa: BLE001  the user's function raises what it likes
             raise SanitySetError(
-                f"--reward {named} raised {type(error).__name__}: {error} (row {question.row}, answer {text[:200]!r})"
+                f"--reward {named} raised {_told(error)} (row {question.row}, answer {text[:200]!r})"
             ) from error
         return _number(named, question, found)
 
@@ -64,9 +64,13 @@ def _load(file: Path) -> ModuleType:
     sys.modules[spec.name] = module  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001  whatever a user's module raises
-        raise SanitySetError(f"--reward {file} does not load: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a user's module raises
+        raise SanitySetError(f"--reward {file} does not load: {_told(error)}") from error
     return module
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _number(named: str, question: Question, found: Any) -> float:

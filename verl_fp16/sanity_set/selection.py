@@ -7,12 +7,15 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verl_fp16.rows import is_parquet
 from verl_fp16.sanity_set.errors import SanitySetError
 from verl_fp16.sanity_set.progress import Counted
 from verl_fp16.sanity_set.questions import records
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PARQUET, SUMMARY, PICTURE = "train.parquet", "summary.json", "accuracy.png"
 _BATCH = 256
@@ -45,12 +48,14 @@ def summarise(counted: Iterable[Counted], bounds: Bounds, settings: Mapping[str,
     """What the summary says, with the histogram: questions by accuracy, in bins of a twentieth."""
     rows = list(counted)
     answers = sum(row.answers for row in rows)
-    histogram = [0] * (_BINS + 1)  # the last one: all answers right
+    histogram, kept = [0] * (_BINS + 1), [0] * (_BINS + 1)  # the last one: all answers right
     for row in rows:
-        histogram[row.correct * _BINS // row.answers] += 1
+        place = row.correct * _BINS // row.answers
+        histogram[place] += 1
+        kept[place] += bounds.keep(row)
     return {
         "questions": len(rows),
-        "kept": sum(bounds.keep(row) for row in rows),
+        "kept": sum(kept),
         "never_right": sum(row.correct == 0 for row in rows),
         "always_right": sum(row.correct == row.answers for row in rows),
         "answers": answers,
@@ -59,6 +64,7 @@ def summarise(counted: Iterable[Counted], bounds: Bounds, settings: Mapping[str,
         "low": bounds.low,
         "high": bounds.high,
         "histogram": histogram,
+        "histogram_kept": kept,
         "settings": dict(settings),
     }
 
@@ -97,29 +103,34 @@ def _write_parquet(data: Path, file: Path, counted: Mapping[int, Counted], bound
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = None
-    if is_parquet(data):
-        schema = pq.read_schema(data)
+    fresh = file.with_name(f".{file.name}.tmp")
+    try:
+        schema = pq.read_schema(data) if is_parquet(data) else _schema_of(_kept(data, counted, bounds))
         for name, kind in (("accuracy", pa.float64()), ("answers", pa.int64())):
             place = schema.get_field_index(name)
             field = pa.field(name, kind)
             schema = schema.append(field) if place < 0 else schema.set(place, field)
-    fresh = file.with_name(f".{file.name}.tmp")
-    try:
-        writer = None
-        for batch in _batches(_kept(data, counted, bounds)):
-            table = pa.Table.from_pylist(batch, schema=schema)
-            schema = table.schema
-            writer = writer or pq.ParquetWriter(fresh, schema)
-            writer.write_table(table)
-        if writer is not None:
-            writer.close()
+        with pq.ParquetWriter(fresh, schema) as writer:
+            for batch in _batches(_kept(data, counted, bounds)):
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
         os.replace(fresh, file)
     except pa.ArrowException as error:
         raise SanitySetError(f"{data}: its rows are not of one kind ({' '.join(str(error).split())[:200]})") from None
     finally:
         fresh.unlink(missing_ok=True)
     return file
+
+
+def _schema_of(rows: Iterable[dict[str, Any]]) -> pa.Schema:
+    """Of all rows: pyarrow's own is that of the columns of the first one."""
+    import pyarrow as pa
+
+    found = pa.schema([])
+    for batch in _batches(rows):
+        names = dict.fromkeys(name for row in batch for name in row)
+        kinds = pa.schema([(name, pa.array([row.get(name) for row in batch]).type) for name in names])
+        found = pa.unify_schemas([found, kinds], promote_options="permissive")
+    return found
 
 
 def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -149,9 +160,9 @@ def draw(summary: Mapping[str, Any], file: Path, title: str) -> Path:
     axes = figure.subplots()
     counts: Sequence[int] = summary["histogram"]
     left = [index / _BINS for index in range(len(counts))]
-    inside = [summary["low"] <= edge <= summary["high"] for edge in left]
-    colours = ["#2a78b5" if kept else "#b8c4cc" for kept in inside]
-    axes.bar(left, counts, width=0.9 / _BINS, align="edge", color=colours)
+    bars = {"width": 0.9 / _BINS, "align": "edge"}
+    axes.bar(left, counts, color="#b8c4cc", **bars)
+    axes.bar(left, summary["histogram_kept"], color="#2a78b5", **bars)
     axes.axvspan(summary["low"], summary["high"], color="#2a78b5", alpha=0.08, lw=0)
     axes.set_xlabel(f"share of right answers, {summary['settings'].get('answers', '')} a question")
     axes.set_ylabel("questions")
