@@ -71,7 +71,7 @@ class Prompt:
     """One prompt.
 
     Args:
-        row: its number in the file, from 0 on.
+        row: its number in the file, from 0 on; empty lines are not counted.
         content: chat messages, each with ``role`` and ``content``; or text, which no chat template is put around.
     """
 

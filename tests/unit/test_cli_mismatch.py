@@ -71,7 +71,8 @@ def test_the_numbers_are_those_of_the_tokens(faked, tmp_path):
         assert found[name]["tokens"] == len(d)
         assert values["log_prob_abs_diff_mean"]["value"] == pytest.approx(abs(d).mean())
         assert found[name]["statistics"]["log_prob_abs_diff_mean"] == pytest.approx(abs(d).mean())
-        assert found[name]["statistics"]["k3"] == pytest.approx(values["k3"]["value"])
+        for statistic in ("k1", "k3", "seq_kl"):
+            assert found[name]["statistics"][statistic] == pytest.approx(values[statistic]["value"])
         assert values["k3"]["low"] < values["k3"]["value"] < values["k3"]["high"]
         assert found[name]["found"] == {
             "rollout": [dtype],
@@ -407,6 +408,10 @@ def test_evidence_with_numbers_that_are_none_is_read(faked, tmp_path):
     assert result.exit_code == 0, (result.output, result.exception)
     found = read()["measurements"]["a"]
     assert found["statistics"] == {"tokens": 9.0, "k1": 0.25}
+    facts = {**FACTS, "scalars": {"mismatch/tokens": 1.0, "mismatch/k1": 1.25}}
+    written(tmp_path / "a" / "verl_fp16" / "mismatch", 4, token(0), facts=facts)
+    assert CliRunner().invoke(app, ["mismatch", "--from-run", "a", "-o", "out"]).exit_code == 0
+    assert read()["measurements"]["a"]["statistics"] == {"tokens": 10.0, "k1": pytest.approx(0.35)}, "by tokens"
 
 
 def test_a_stage_that_dies_is_one_line_with_its_log(tmp_path, monkeypatch):
@@ -418,3 +423,22 @@ def test_a_stage_that_dies_is_one_line_with_its_log(tmp_path, monkeypatch):
     with pytest.raises(GapError, match=r"a stage ended with code 1; its output is in .*stages.log"):
         driver._stage(work, work.tokens("fp16"), spec, "a stage", lambda *told: None)
     assert "KeyError: 'no such stage'" in (work.path / driver.LOG).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    (
+        (("--ladder", "--precision", "fp16"), "--precision has no effect beside --ladder: leave it out"),
+        (("--ladder", "--same-tokens"), "--same-tokens has no effect beside --ladder: leave it out"),
+        (("--lengths", "3:9", "--max-tokens", "5"), "--max-tokens has no effect beside --lengths: leave it out"),
+    ),
+)
+def test_an_option_that_would_do_nothing_is_refused(faked, options, named):
+    assert refused(mismatch(faked, *options)) == named
+
+
+def test_an_option_that_would_do_nothing_with_a_run_is_refused(faked, tmp_path):
+    written(tmp_path / "a" / "verl_fp16" / "mismatch", 3, token(0))
+    result = CliRunner().invoke(app, ["mismatch", "--from-run", "a", "--samples", "9", "--restart"])
+    assert refused(result) == "--samples and --restart have no effect beside --from-run: leave them out"
+    assert CliRunner().invoke(app, ["mismatch", "--from-run", "a", "--seed", "1", "-o", "out"]).exit_code == 0

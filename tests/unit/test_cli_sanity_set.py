@@ -230,3 +230,13 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(command, monkeypatch, where)
 def test_sampling_that_vllm_would_refuse_is_refused_before_it_is_loaded(command, option):
     assert option[0] in last_line(command(*option)) or option[0] in command(*option).output
     assert Sampler.settings is None
+
+
+def test_an_answer_is_right_from_the_reward_that_was_asked_for_and_others_are_not_mixed(command):
+    (command.folder / "reward.py").write_text(
+        "def score(solution_str, **more): return 0.25 + (solution_str == 'yes') / 4\n"
+    )
+    done = command("--correct-from", "0.5")
+    assert "7 of 12 questions" in done.output and "1 never, 2 always" in done.output
+    assert "correct_from was 0.5 and is 0.25" in last_line(command("--correct-from", "0.25"))
+    assert "0 never, 12 always" in command("--correct-from", "0.25", "--low", "1", "--high", "1", "--restart").output

@@ -95,6 +95,11 @@ def test_what_cannot_be_measured_is_nan_and_an_empty_pair_an_error():
         analysis.resample({"p": Sequences(*np.ones((4, 0)), np.arange(0))})
 
 
+def test_intervals_are_of_the_middle_95_percent():
+    found = analysis._interval(500.0, np.random.default_rng(0).permutation(np.append(np.arange(1001.0), np.nan)))
+    assert (found.low, found.high) == pytest.approx((25, 975))
+
+
 def test_slopes_are_those_of_least_squares():
     one = sequences_of(1e-2, bias=1e-3, number=50)[0]
     found = analysis.measure({"p": one}, analysis.resample({"p": one}, resamples=10))["p"]["slope_per_1k_tokens"]

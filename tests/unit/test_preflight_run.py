@@ -264,7 +264,6 @@ def test_prompts_of_ones_own(tiny_model, tmp_path):
         (["x" * 200], [], ", row 0 has 200 tokens, and the model's context is 128. Leave it out, or cut it: --cut"),
         (["x"], [], ", row 0 has 1 token, and the loss needs two"),
         (["ok", ""], [], ", row 1: prompt has to be text, or a list"),
-        ([], [], "the file is empty"),
     ),
 )
 def test_prompts_that_cannot_be_run_are_one_line_and_the_weights_are_kept(rows, options, told, tiny_model, tmp_path):
@@ -401,3 +400,22 @@ def test_the_page_names_each_key_column_and_threshold(tiny_model):
         in page
     )
     assert f"Micro-batches have at most {MICRO_BATCH_TOKENS} tokens" in page
+
+
+def test_prompts_that_are_not_there_are_told_before_the_weights_are_read(tiny_model, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    for name, told in (("gone.txt", "gone.txt: there is no such file"), ("empty.txt", "empty.txt: the file is empty")):
+        result = command(tiny_model, "--prompts", str(tmp_path / name))
+        assert (result.exit_code, result.stdout, told in told_on_stderr(result)) == (3, "", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    (
+        (("--weights-only", "--prompts", "a"), "--prompts has no effect beside --weights-only: leave it out"),
+        (("--limit", "3", "--cut"), "--limit and --cut have no effect without --prompts: leave them out"),
+    ),
+)
+def test_an_option_that_would_do_nothing_is_refused(tiny_model, options, told):
+    result = command(tiny_model, *options)
+    assert (result.exit_code, result.stdout, told in told_on_stderr(result)) == (3, "", True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_fp16.cli.output import fail, print_table
+from verl_fp16.cli.output import fail, print_table, without_effect
 from verl_fp16.cli.progress import stages_shown
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def mismatch(
+    ctx: typer.Context,
     model: Annotated[
         Path | None, typer.Argument(metavar="[MODEL]", readable=False, help="A Hugging Face model folder.")
     ] = None,
@@ -86,11 +88,16 @@ def mismatch(
         if from_run:
             if model or prompts or ladder:
                 raise GapError("--from-run takes what a run has written: leave MODEL, --prompts and --ladder out")
+            _refuse_without_effect(ctx, ctx.params.keys() - {"from_run", "output", "seed"}, "beside --from-run")
             results = _of_runs(from_run, output, seed)
             title = "rollout against training, from what runs have written"
         else:
             if model is None or prompts is None:
                 raise GapError("name a MODEL and --prompts FILE, or a run's folder with --from-run")
+            if ladder:
+                _refuse_without_effect(ctx, ("precision", "same_tokens"), "beside --ladder")
+            if lengths:
+                _refuse_without_effect(ctx, ("max_tokens",), "beside --lengths")
             training = {"strategy": _strategy(strategy), "attention": attention}
             training |= {"remove_padding": packed, "tokens_at_once": tokens_at_once}
             rollout = {"gpu_memory_utilization": gpu_memory_utilization, "tensor_parallel_size": tensor_parallel_size}
@@ -104,6 +111,13 @@ def mismatch(
         raise fail(f"{error.filename or output}: {error.strerror or error}; what was done so far is kept") from None
     except KeyboardInterrupt:
         raise fail(f"interrupted; what was done is in {output}, and the same command goes on", INTERRUPTED) from None
+
+
+def _refuse_without_effect(ctx: typer.Context, names: Collection[str], where: str) -> None:
+    from verl_fp16.gap_report.errors import GapError
+
+    if line := without_effect(ctx, names, where):
+        raise GapError(line)
 
 
 class _Asked:

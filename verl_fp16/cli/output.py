@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TextIO
 
 import typer
@@ -17,6 +17,24 @@ def fail(message: object, code: int = WRONG_INPUT) -> typer.Exit:
     text = str(message)
     typer.echo(text.rstrip() if text.startswith("verl_fp16: ") else f"verl-fp16: {text}", err=True)
     return typer.Exit(code)
+
+
+def without_effect(ctx: typer.Context, names: Collection[str], where: str) -> str | None:
+    """A line on those of the parameters ``names`` that were given on the command line; None where none was.
+
+    Args:
+        where: they have no effect, such as "beside --ladder".
+    """
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name in names and (source := ctx.get_parameter_source(parameter.name)) is not None
+        if source.name == "COMMANDLINE"
+    ]
+    if not given:
+        return None
+    told = " and ".join(filter(None, [", ".join(given[:-1]), given[-1]]))
+    return f"{told} {'have' if given[1:] else 'has'} no effect {where}: leave {'them' if given[1:] else 'it'} out"
 
 
 def is_terminal(stream: TextIO | None) -> bool:

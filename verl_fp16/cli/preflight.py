@@ -16,10 +16,10 @@ import typer
 from typer.core import TyperCommand
 
 from verl_fp16.cli import preflight_run, preflight_weights
-from verl_fp16.cli.output import fail, let_go
+from verl_fp16.cli.output import fail, let_go, without_effect
 from verl_fp16.cli.progress import progress
 from verl_fp16.preflight.refusals import CONFIG, ModelError
-from verl_fp16.rows import RowsError
+from verl_fp16.rows import RowsError, is_parquet
 
 if TYPE_CHECKING:
     from verl_fp16.preflight.run import Options
@@ -58,6 +58,7 @@ def register(app: typer.Typer) -> None:
 
 
 def preflight(
+    ctx: typer.Context,
     model: Annotated[
         # readable: typer would answer with a usage message what open_model has words for.
         Path,
@@ -96,6 +97,9 @@ def preflight(
     """
     found, message = _Found(), None
     try:
+        _refuse_without_effect(ctx, weights_only, prompts)
+        if prompts is not None:
+            is_parquet(prompts)  # a file that is not there is told before the weights are read
         _look_at_weights(model, found)
         if weights_only:
             found.verdict = found.of_weights
@@ -124,6 +128,14 @@ def preflight(
         code, message = CANNOT_TELL, f"the verdict could not be printed: {_told(error)}"
     # Where there is something on stdout, or the beginning of it, it has no room for another object.
     raise _end(code, message, as_json and not printed)
+
+
+def _refuse_without_effect(ctx: typer.Context, weights_only: bool, prompts: Path | None) -> None:
+    where, names = "without --prompts", ("limit", "cut")
+    if weights_only:
+        where, names = "beside --weights-only", ("prompts", "limit", "max_tokens", "cut", "device", "seed")
+    if (weights_only or prompts is None) and (line := without_effect(ctx, names, where)):
+        raise ModelError(line)
 
 
 @dataclasses.dataclass
