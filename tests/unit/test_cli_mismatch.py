@@ -116,6 +116,8 @@ def test_nothing_is_done_twice_and_another_precision_is_added(faked):
     assert [sampler["dtype"] for sampler in FakeSampler.made[2:]] == ["float32"]
     assert [dtype for dtype, *_ in FakeTrainingSide.made[2:]] == ["float16", "float32"]
     assert list(read()["measurements"]) == ["bf16", "fp16/bf16", "fp32"]
+    result = mismatch(faked, *OPTIONS, "--precision", "bf16,fp16,fp32,fp16/bf16,bf16/fp16")
+    assert "the picture has the first 4 of 5" in result.stdout
 
 
 def test_a_scoring_that_stopped_between_parts_goes_on(faked, monkeypatch, tmp_path):

@@ -248,6 +248,8 @@ def _show(results: Results, output: Path, title: str, ladder: bool) -> None:
     typer.echo(f"numbers: {output / 'mismatch.json'}")
     for picture in pictures:
         typer.echo(f"picture: {picture}")
+    if not ladder and len(panels) < len(results.measured):
+        typer.echo(f"the picture has the first {len(panels)} of {len(results.measured)}; the numbers have all")
 
 
 def _slopes(results: Results) -> str:

@@ -159,8 +159,12 @@ def table(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(file, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise GapError(f"{file}: it is damaged ({told}). Remove it: the same command makes it again") from None
+        raise damaged(file, error) from None
+
+
+def damaged(file: Path, error: Exception) -> GapError:
+    told = " ".join(str(error).split())[:200]
+    return GapError(f"{file}: it is damaged ({told}). Remove it: the same command makes it again")
 
 
 def read_part(file: Path) -> dict[str, list[Any]]:

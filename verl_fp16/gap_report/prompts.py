@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_fp16.gap_report.errors import GapError
-from verl_fp16.gap_report.folder import table
+from verl_fp16.gap_report.folder import damaged
 from verl_fp16.prompt_tokens import tokens_of
 from verl_fp16.rows import Prompt, read_prompts
 
@@ -55,10 +55,19 @@ def count_and_longest(file: Path) -> tuple[int, int]:
     Raises:
         GapError: the file is damaged.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
-    lengths = pc.list_value_length(table(file, ["tokens"])["tokens"])
-    return len(lengths), pc.max(lengths).as_py()
+    number = longest = 0
+    try:
+        with pq.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(batch_size=_BATCH):
+                lengths = pc.list_value_length(batch.column("tokens"))
+                number, longest = number + len(lengths), max(longest, pc.max(lengths).as_py())
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(file, error) from None
+    return number, longest
 
 
 def _tokens(file: Path, prompt: Prompt, tokenizer: Any, longest: int | None) -> list[int]:
