@@ -75,3 +75,13 @@ def test_where_every_scale_overflows_and_where_no_gradient_is():
     assert (found.exponent, found.largest_at_one, found.tried[-1]) == (None, None, LOWEST)
     found = search(lambda scale: Pass(0.0, 0), 16)
     assert (found.exponent, found.largest_at_one, found.tried) == (None, 0.0, (16,))
+
+
+def test_of_several_micro_batches_the_largest_gradient_counts_without_its_scale():
+    from verl_fp16.preflight.activations import Gradients, Tally
+    from verl_fp16.preflight.passes import Measured
+
+    measured = Measured({}, {}, [])
+    for scale, largest in ((2.0, 8.0), (4.0, 8.0)):
+        measured.note(1, Gradients(scale, {"a": Tally(1, largest=largest)}, {"w": Tally(1, largest=2 * largest)}))
+    assert (measured.largest_outputs, measured.largest_weights) == ({"a": 4.0}, {"w": 8.0})
