@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,33 @@ class Answer:
     log_probs: list[float]
 
 
+class _Stopped(BaseException):
+    """A KeyboardInterrupt that an ``except KeyboardInterrupt`` does not end."""
+
+
+@contextmanager
+def interrupts_pass() -> Iterator[None]:
+    """Ctrl-C ends what is done in here with a KeyboardInterrupt, also where that is caught.
+
+    While its engine starts, vLLM (0.28) catches it and then waits ten minutes for the engine, which Ctrl-C has ended.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _Stopped
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except _Stopped:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Sampler:
     """A model in vLLM.
 
@@ -127,18 +157,19 @@ class Sampler:
         }
         self._max_tokens = max_tokens
         try:
-            self._llm = vllm.LLM(
-                str(model),
-                dtype=dtype,
-                max_model_len=max_model_len,
-                gpu_memory_utilization=gpu_memory_utilization,
-                tensor_parallel_size=tensor_parallel_size,
-                enable_prefix_caching=True,
-                enforce_eager=current_platform.is_cpu() if enforce_eager is None else enforce_eager,
-                # What was sampled is what the temperature made of the logits; otherwise the gap is a fake one.
-                logprobs_mode="raw_logprobs" if raw_log_probs else "processed_logprobs",
-                worker_extension_cls=f"{__name__}.WeightDtypes",
-            )
+            with interrupts_pass():
+                self._llm = vllm.LLM(
+                    str(model),
+                    dtype=dtype,
+                    max_model_len=max_model_len,
+                    gpu_memory_utilization=gpu_memory_utilization,
+                    tensor_parallel_size=tensor_parallel_size,
+                    enable_prefix_caching=True,
+                    enforce_eager=current_platform.is_cpu() if enforce_eager is None else enforce_eager,
+                    # What was sampled is what the temperature made of the logits; otherwise the gap is a fake one.
+                    logprobs_mode="raw_logprobs" if raw_log_probs else "processed_logprobs",
+                    worker_extension_cls=f"{__name__}.WeightDtypes",
+                )
         except Exception as error:  # noqa: BLE001  vLLM raises anything for a model that it does not run
             raise SamplingError(f"vLLM does not run {model} in {dtype}: {_last_line(error)}") from error
         self._engine = self._llm.llm_engine
