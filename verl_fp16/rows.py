@@ -12,6 +12,7 @@ from typing import Any
 _BATCH = 256  # rows of a file that are in memory at a time
 _MAGIC = b"PAR1"
 _CONTEXT = 60
+_GIVE = "Give verl's Parquet, JSON lines, or where prompts are wanted text with one a line"
 _PROMPT = "prompt"
 _NO_TEXT = (".jsonl", ".json", ".ndjson", ".parquet")
 
@@ -56,13 +57,13 @@ def is_parquet(file: Path) -> bool:
         with open(file, "rb") as opened:
             first = opened.read(len(_MAGIC))
     except FileNotFoundError:
-        raise RowsError(f"{file}: there is no such file. Give verl's Parquet, or JSON lines") from None
+        raise RowsError(f"{file}: there is no such file. {_GIVE}") from None
     except IsADirectoryError:
         raise RowsError(f"{file}: this is a folder. Name the file in it") from None
     except OSError as error:
         raise RowsError(f"{file}: it cannot be read ({error.strerror})") from None
     if not first:
-        raise RowsError(f"{file}: the file is empty")
+        raise RowsError(f"{file}: the file is empty. {_GIVE}")
     return first == _MAGIC
 
 
@@ -92,7 +93,7 @@ def read_prompts(file: Path, limit: int | None = None) -> Iterator[Prompt]:
     for row, content in enumerate(islice(_contents(file), limit)):
         yield Prompt(row, content)
     if row < 0:
-        raise RowsError(f"{file}: there is no prompt in it")
+        raise RowsError(f"{file}: there is no prompt in it. {_GIVE}")
 
 
 def _contents(file: Path) -> Iterator[str | list[dict[str, Any]]]:

@@ -145,8 +145,9 @@ def test_no_space_left_is_one_line_and_the_table_is_told(log, out, monkeypatch):
 
 def test_a_folder_that_cannot_be_one_is_one_line(log, tmp_path):
     result = report(log, "-o", tmp_path / "run" / "metrics.jsonl")
-    assert result.exit_code == 1
-    assert told(result) == f"{tmp_path}/run/metrics.jsonl: the report could not be written: File exists"
+    assert result.exit_code == 2
+    file = tmp_path / "run" / "metrics.jsonl"
+    assert told(result) == f"--output {file}: this is a file, and a folder is needed. Name another"
 
 
 @pytest.mark.parametrize(("module", "function"), [(assemble, "read_log"), (writing, "as_png"), (writing, "put")])

@@ -80,7 +80,10 @@ def test_the_questions_that_are_right_sometimes_stay(command):
     kept = pq.read_table(command.folder / "out" / "train.parquet").to_pylist()
     assert [row["prompt"][0]["content"] for row in kept] == [str(n) for n in range(2, 9)]
     assert [row["accuracy"] for row in kept] == [n / 10 for n in range(2, 9)]
-    assert "7 of 12 questions are right in 20% to 80%" in done.output and "1 never, 2 always" in done.output
+    assert (
+        "7 of 12 questions stay, right in 20% to 80%" in done.output
+        and "2 are below (1 never right), 3 above (2 always)" in done.output
+    )
     assert "10.0% of the answers were cut" in done.output and (command.folder / "out" / "accuracy.png").exists()
     assert "12 of 12 questions" in done.output, "the progress"
     seeds = [seed for _, seed in Sampler.asked]
@@ -213,7 +216,7 @@ def test_gpus_that_a_layer_is_spread_over_are_not_mixed(command):
     assert "tensor_parallel_size was 1 and is 2" in last_line(command("--tensor-parallel-size", "2"))
 
 
-@pytest.mark.parametrize("where", ("selection.draw", "progress.digest", "selection._replace", "reward.load_reward"))
+@pytest.mark.parametrize("where", ("selection.draw", "progress.Progress", "selection._replace", "reward.load_reward"))
 def test_a_full_disk_is_one_line_wherever_it_is_met(command, monkeypatch, where):
     from verl_fp16.sanity_set import progress, reward, selection
 
@@ -237,6 +240,9 @@ def test_an_answer_is_right_from_the_reward_that_was_asked_for_and_others_are_no
         "def score(solution_str, **more): return 0.25 + (solution_str == 'yes') / 4\n"
     )
     done = command("--correct-from", "0.5")
-    assert "7 of 12 questions" in done.output and "1 never, 2 always" in done.output
+    assert "7 of 12 questions" in done.output and "(1 never right)" in done.output and "(2 always)" in done.output
     assert "correct_from was 0.5 and is 0.25" in last_line(command("--correct-from", "0.25"))
-    assert "0 never, 12 always" in command("--correct-from", "0.25", "--low", "1", "--high", "1", "--restart").output
+    assert (
+        "0 are below (0 never right), 0 above (12 always)"
+        in command("--correct-from", "0.25", "--low", "1", "--high", "1", "--restart").output
+    )

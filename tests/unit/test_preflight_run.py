@@ -73,7 +73,7 @@ def test_a_model_that_fits(tiny_model):
     table = lines[lines.index(columns) + 1 :][: report.WORST]
     assert all(line.count("\t") == columns.count("\t") for line in table)
     assert "the default, 2^16, does not overflow: nothing to set" in lines
-    assert "FIT for FP16, on these prompts" in lines
+    assert "FIT for FP16, on generated tokens (--prompts FILE: on yours)" in lines
     assert "4 sequences of 64 random tokens (seed 0) and 6 built-in texts through the chat template" in result.stdout
     assert re.search(r"^verl-fp16: running [\d,]+ tokens forward and backward on cpu$", result.stderr, re.M)
     every = command(tiny_model, "--all").stdout
@@ -145,10 +145,7 @@ def test_where_only_the_backward_pass_overflows_it_says_which_scale_to_set(tiny_
     assert passes[2 * scale["largest"]]["non_finite"] > 0 == passes[scale["largest"]]["non_finite"]
     assert passes[scale["default"]]["first_non_finite"].startswith("model.")
     skips = int(math.log2(scale["default"] / scale["largest"]))
-    assert (
-        f"the default, 2^16, overflows: set verl_fp16.loss_scale.init={scale['largest']:g}, or the run begins with "
-        f"{skips} skipped update" in result.stdout
-    )
+    assert f"the default, 2^16, overflows here: a run may begin with up to {skips} skipped update" in result.stdout
     assert f"of {run_verdict.largest_gradient(measured_of(found))}" in result.stdout
     assert (result.exit_code, found["verdict"]) == (0, "FIT")
 
@@ -226,7 +223,7 @@ def test_what_cannot_be_run_is_one_line_and_the_weights_are_kept(config, told, t
     line = told_on_stderr(result)
     assert result.exit_code == 3
     assert told in line and "--weights-only" in line and line.startswith(f"verl-fp16: {path}")
-    assert "FIT for FP16, as far as its weights tell" in result.stdout
+    assert "no verdict: the weights alone are FIT, and the run did not come to an end" in result.stdout
     found = json.loads(command(path, "--json").stdout)
     assert (found["verdict"], found["weights_verdict"]) == (None, "FIT")
     assert told in found["error"] and len(found["tensors"]) == 25
@@ -272,7 +269,7 @@ def test_prompts_that_cannot_be_run_are_one_line_and_the_weights_are_kept(rows, 
     line = told_on_stderr(result)
     assert (result.exit_code, line.startswith(f"verl-fp16: {file}")) == (3, True)
     assert told in line
-    assert "FIT for FP16, as far as its weights tell" in result.stdout
+    assert "no verdict: the weights alone are FIT, and the run did not come to an end" in result.stdout
     found = json.loads(command(tiny_model, "--prompts", str(file), *options, "--json").stdout)
     assert (found["verdict"], told in found["error"]) == (None, True)
 
@@ -332,7 +329,7 @@ def test_ctrl_c_in_the_second_half_keeps_the_first(tiny_model, monkeypatch):
     monkeypatch.setattr(running, "run", interrupted)
     result = command(tiny_model)
     assert (result.exit_code, told_on_stderr(result)) == (130, "verl-fp16: interrupted; there is no verdict")
-    assert "FIT for FP16, as far as its weights tell" in result.stdout
+    assert "no verdict: the weights alone are FIT, and the run did not come to an end" in result.stdout
     found = json.loads(command(tiny_model, "--json").stdout)
     assert (found["verdict"], found["error"]) == (None, "interrupted; there is no verdict")
     assert len(found["tensors"]) == 25
@@ -354,7 +351,7 @@ def test_ctrl_c_from_outside_during_the_passes(tiny_model):
     shown, told = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
     assert told.splitlines()[-1] == "verl-fp16: interrupted; there is no verdict"
-    assert "FIT for FP16, as far as its weights tell" in shown
+    assert "no verdict: the weights alone are FIT, and the run did not come to an end" in shown
 
 
 @pytest.mark.parametrize(

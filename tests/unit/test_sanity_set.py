@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from verl_fp16.made_of import digest_of_model
 from verl_fp16.rows import RowsError
-from verl_fp16.sanity_set import progress, questions, reward, selection
+from verl_fp16.sanity_set import questions, reward, selection
 from verl_fp16.sanity_set.errors import SanitySetError
 from verl_fp16.sanity_set.progress import Counted, Progress
 
@@ -318,7 +319,7 @@ def test_a_set_of_nothing_says_so_and_replaces_nothing(tmp_path):
     bounds = selection.Bounds()
     summary = selection.summarise(counted.values(), bounds, {})
     (tmp_path / selection.PARQUET).write_text("former")
-    with pytest.raises(SanitySetError, match="1 of 2 were never right, 1 always. Set --low and --high"):
+    with pytest.raises(SanitySetError, match="1 of 2 were never right, 1 always. Set other --low and --high"):
         selection.write(json_lines(tmp_path, ROW, ROW), tmp_path, counted, bounds, summary)
     assert (tmp_path / selection.PARQUET).read_text() == "former"
 
@@ -326,7 +327,7 @@ def test_a_set_of_nothing_says_so_and_replaces_nothing(tmp_path):
 def test_the_digest_of_a_model_is_that_of_its_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"123")
-    before = progress.digest_of_model(tmp_path)
-    assert progress.digest_of_model(tmp_path) == before
+    before = digest_of_model(tmp_path)
+    assert digest_of_model(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"1234")
-    assert progress.digest_of_model(tmp_path) != before
+    assert digest_of_model(tmp_path) != before

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_fp16.cli.output import fail, print_table, without_effect
+from verl_fp16.cli.output import fail, print_table, require_folder, without_effect
 from verl_fp16.cli.progress import stages_shown
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def mismatch(
     ] = "bf16,fp16",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 1024,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers a prompt.")] = 4,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many prompts, the first ones.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first so many prompts; all without it.")
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option("--lengths", help="LEAST:MOST tokens of an answer, drawn evenly, past the end that it comes to."),
@@ -84,6 +86,7 @@ def mismatch(
     from verl_fp16.rows import RowsError
     from verl_fp16.run_report.places import RunError
 
+    require_folder(output)
     try:
         if from_run:
             if model or prompts or ladder:
@@ -169,16 +172,16 @@ def _of_model(
     from verl_fp16.gap_report import driver, folder, results
     from verl_fp16.gap_report import prompts as prompt_files
     from verl_fp16.gap_report.driver import Settings
+    from verl_fp16.made_of import digest, digest_of_model
     from verl_fp16.preflight.shards import open_model
     from verl_fp16.prompt_tokens import context_of, load_config, load_tokenizer
     from verl_fp16.rows import is_parquet
-    from verl_fp16.sanity_set.progress import digest_of_model
 
     path = open_model(model).path
     is_parquet(prompts)  # that it is there is found out before anything is begun
     made_of = {
         "model": digest_of_model(path),
-        "prompts": folder.digest(prompts),
+        "prompts": digest(prompts),
         **{name: getattr(asked, name) for name in ("limit", "samples", "max_tokens", "lengths", "seed", "training")},
         "tensor_parallel_size": asked.rollout["tensor_parallel_size"],  # its sums are of other parts
     }
@@ -223,7 +226,8 @@ def _show(results: Results, output: Path, title: str, ladder: bool) -> None:
     from verl_fp16.gap_report import figure
 
     first = results.measured[0].name
-    columns = ["training/rollout", "tokens", *_COLUMNS.values(), f"{first} over it: |d log p|", "k3"]
+    over = f"{first} over this"
+    columns = ["training/rollout", "tokens", *_COLUMNS.values(), f"{over}: |d log p|", f"{over}: k3"]
     rows = []
     for one in results.measured:
         values, factors = results.intervals[one.name], results.factors.get(one.name, {})
@@ -238,6 +242,8 @@ def _show(results: Results, output: Path, title: str, ladder: bool) -> None:
         if one.cut:
             typer.echo(f"{one.name}: {one.cut:.1%} of the answers were cut at the longest length")
     typer.echo(_slopes(results))
+    for line in _untold(results):
+        typer.echo(line)
     panels = [
         figure.Panel(one.name, one.tokens, one.sequences, results.intervals[one.name]["slope_per_1k_tokens"])
         for one in results.measured[: 2 if ladder else _PANELS]
@@ -250,6 +256,19 @@ def _show(results: Results, output: Path, title: str, ladder: bool) -> None:
         typer.echo(f"picture: {picture}")
     if not ladder and len(panels) < len(results.measured):
         typer.echo(f"the picture has the first {len(panels)} of {len(results.measured)}; the numbers have all")
+
+
+def _untold(results: Results) -> Iterator[str]:
+    """What was measured on too little to tell two pairs apart."""
+    first = results.measured[0]
+    for one in results.measured[1:]:
+        factor = results.factors[one.name]["log_prob_abs_diff_mean"]
+        if 1 in factor:
+            yield (
+                f"{int(one.statistics['tokens']):,} tokens of {len(one.sequences):,} answers do not tell {one.name} "
+                f"from {first.name} (the factor's interval contains 1): raise --limit or --samples, or set --lengths "
+                "where answers are short"
+            )
 
 
 def _slopes(results: Results) -> str:

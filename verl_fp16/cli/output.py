@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import TextIO
 
 import typer
@@ -35,6 +36,15 @@ def without_effect(ctx: typer.Context, names: Collection[str], where: str) -> st
         return None
     told = " and ".join(filter(None, [", ".join(given[:-1]), given[-1]]))
     return f"{told} {'have' if given[1:] else 'has'} no effect {where}: leave {'them' if given[1:] else 'it'} out"
+
+
+def require_folder(output: Path) -> None:
+    """
+    Raises:
+        typer.Exit: ``--output`` is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise fail(f"--output {output}: this is a file, and a folder is needed. Name another")
 
 
 def is_terminal(stream: TextIO | None) -> bool:

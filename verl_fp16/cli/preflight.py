@@ -148,6 +148,7 @@ class _Found:
     seconds: float = 0.0
     run: preflight_run.Run | None = None
     notes: tuple[str, ...] = ()
+    of_prompts: bool = False
     verdict: Verdict | None = None
 
 
@@ -183,7 +184,7 @@ def _look_at_run(found: _Found, chosen: dict[str, Any]) -> None:
     from verl_fp16.preflight.run import Options
     from verl_fp16.preflight.run_verdict import judge_run
 
-    found.run = _ran(found.model, Options(**chosen))
+    found.run, found.of_prompts = _ran(found.model, Options(**chosen)), chosen["prompts"] is not None
     found.notes += found.run.notes
     found.verdict = judge_run(found.of_weights, found.run.measured)
 
@@ -247,14 +248,20 @@ def _print(found: _Found, every: bool, as_json: bool, error: str | None) -> None
     if found.run is not None:
         typer.echo("")
         preflight_run.show(found.run, every)
-        typer.secho(f"{verdict.verdict} for FP16, on these prompts", fg=_COLOURS[verdict.verdict], bold=True)
-    else:
+        typer.secho(f"{verdict.verdict} for FP16, {_where(found)}", fg=_COLOURS[verdict.verdict], bold=True)
+    elif error is None or found.verdict is not None:
         told = f"{verdict.verdict} for FP16, as far as its weights tell"
         typer.secho(told, fg=_COLOURS[verdict.verdict], bold=True)
+    else:
+        typer.echo(f"no verdict: the weights alone are {verdict.verdict}, and the run did not come to an end")
     for number, reason in enumerate(verdict.reasons, 1):
         typer.echo(f"{number}. {reason.verdict}: {reason.why}")
     for note in found.notes:
         typer.echo(f"note: {note}")
+
+
+def _where(found: _Found) -> str:
+    return "on these prompts" if found.of_prompts else "on generated tokens (--prompts FILE: on yours)"
 
 
 def _as_json(found: _Found, verdict: Verdict, error: str | None) -> dict[str, Any]:

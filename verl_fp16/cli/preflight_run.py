@@ -156,8 +156,8 @@ def _scale_lines(measured: Measured) -> list[str]:
     if found.exponent < default:
         skips = default - found.exponent
         lines.append(
-            f"the default, 2^{default}, overflows: set verl_fp16.loss_scale.init={found.scale:g}, or the run begins "
-            f"with {skips} skipped update{'s' if skips > 1 else ''}"
+            f"the default, 2^{default}, overflows here: a run may begin with up to {skips} skipped "
+            f"update{'s' if skips > 1 else ''}; verl_fp16.loss_scale.init={found.scale:g} avoids them"
         )
     else:
         lines.append(f"the default, 2^{default}, does not overflow: nothing to set")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from verl_fp16.cli.output import WRONG_INPUT, fail, is_terminal, let_go, print_table
+from verl_fp16.cli.output import WRONG_INPUT, fail, is_terminal, let_go, print_table, require_folder
 from verl_fp16.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def report(
     Example: verl-fp16 report fp16=outputs/quickstart bf16=outputs/quickstart-bf16 -o outputs/report
     """
     message, code = None, 0
+    require_folder(output)
     try:
         _report(runs, output, title, smooth, evidence or [], as_json)
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_fp16.cli.output import fail
+from verl_fp16.cli.output import fail, require_folder
 from verl_fp16.cli.progress import output_goes_to, stages_shown
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def sanity_set(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 1.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many questions, the first ones.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first so many questions; all without it.")
+    ] = None,
     skip_long: Annotated[bool, typer.Option("--skip-long", help="Pass over questions that are too long.")] = False,
     precision: Annotated[str, typer.Option("--precision", help="fp16, bf16 or fp32, of vLLM.")] = "fp16",
     gpu_memory_utilization: Annotated[float, typer.Option("--gpu-memory-utilization", min=0.0, max=1.0)] = 0.9,
@@ -69,6 +71,7 @@ def sanity_set(
         "precision": precision,
     }
     engine = {"gpu_memory_utilization": gpu_memory_utilization, "tensor_parallel_size": tensor_parallel_size}
+    require_folder(output)
     try:
         _make(model, data, reward, output, (low, high), limit, skip_long, restart, sampled, engine)
     except (ModelError, RowsError, SamplingError, SanitySetError) as error:
@@ -95,6 +98,7 @@ def _make(
     engine: dict[str, Any],
 ) -> None:
     from verl_fp16.leftovers import shared_memory_given_back
+    from verl_fp16.made_of import digest, digest_of_model
     from verl_fp16.preflight.shards import open_model
     from verl_fp16.sampling import DTYPES
     from verl_fp16.sanity_set import progress, questions, selection
@@ -117,9 +121,9 @@ def _make(
     if restart:
         file.unlink(missing_ok=True)
     made_of = {
-        "model": progress.digest_of_model(model),
-        "data": progress.digest(data),
-        "reward": f"{progress.digest(Path(named_reward.rpartition(':')[0]))}:{named_reward.rpartition(':')[2]}",
+        "model": digest_of_model(model),
+        "data": digest(data),
+        "reward": f"{digest(Path(named_reward.rpartition(':')[0]))}:{named_reward.rpartition(':')[2]}",
         **sampled,
         "tensor_parallel_size": engine["tensor_parallel_size"],  # its sums are of other parts
     }
@@ -214,8 +218,9 @@ def _requests(prompts: Iterator[tuple[Question, list[int]]], seed: int) -> Itera
 
 def _show(summary: dict[str, Any], parquet: Path, picture: Path, skipped: int) -> None:
     typer.echo(
-        f"{summary['kept']:,} of {summary['questions']:,} questions are right in {summary['low']:.0%} to "
-        f"{summary['high']:.0%} of their answers; {summary['never_right']:,} never, {summary['always_right']:,} always"
+        f"{summary['kept']:,} of {summary['questions']:,} questions stay, right in {summary['low']:.0%} to "
+        f"{summary['high']:.0%} of their answers; {summary['below']:,} are below ({summary['never_right']:,} never "
+        f"right), {summary['above']:,} above ({summary['always_right']:,} always)"
     )
     typer.echo(
         f"accuracy {summary['accuracy']:.1%}; {summary['cut_share']:.1%} of the answers were cut at the longest length"

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_fp16.gap_report.errors import GapError
+from verl_fp16.made_of import differences
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,11 +69,10 @@ class WorkFolder:
             there = None
         if not isinstance(there, dict):
             raise GapError(f"{file} is none of this command's: name another --output, or begin anew with --restart")
-        other = [name for name in {**there, **made_of} if there.get(name) != made_of.get(name)]
-        if other and not self.prompts.exists():  # they come first: nothing was made of it
+        told = differences(there, made_of)
+        if told and not self.prompts.exists():  # they come first: nothing was made of it
             _write_made_of(file, made_of)
-        elif other:
-            told = ", ".join(f"{name} was {there.get(name)!r} and is {made_of.get(name)!r}" for name in sorted(other))
+        elif told:
             raise GapError(
                 f"{self.path} was begun with something else ({told}). Go on with what it was begun with, name another "
                 "--output, or begin anew with --restart"
@@ -175,12 +174,3 @@ def samples(folder: Path) -> Iterator[int]:
     """Numbers of the samples that are there."""
     for file in parts(folder):
         yield from table(file, ["sample"])["sample"].to_pylist()
-
-
-def digest(file: Path) -> str:
-    """Of a file's bytes."""
-    found = hashlib.blake2b(digest_size=8)
-    with open(file, "rb") as opened:
-        while piece := opened.read(2**20):
-            found.update(piece)
-    return found.hexdigest()

@@ -33,6 +33,12 @@ def read(run: Path, name: str) -> Measured:
     try:
         newest, _ = locate(run)
     except EvidenceError as error:
+        if run.is_dir():
+            raise GapError(
+                f"{run}: there is no evidence of a run in it, which is in verl_fp16/mismatch of the run's "
+                "trainer.default_local_dir. A run writes it every verl_fp16.mismatch.evidence_interval steps (100) and "
+                "on alarms; without it measure the model instead: verl-fp16 mismatch MODEL --prompts FILE"
+            ) from None
         raise GapError(str(error)) from None
     from verl_fp16.mismatch.evidence_files import step_folders
 

@@ -65,6 +65,8 @@ def unreadable(file: Path, error: Exception) -> ModelError:
         return inaccessible(file, cause)
     if start == _LFS:
         return ModelError(f"{file}: this is a pointer of Git LFS and no model. Run: git lfs pull")
+    if file.suffix != ".safetensors":
+        return ModelError(f"{file}: this is no model. {_NAME_A_MODEL}")
     reason = str(error).removeprefix("Error while deserializing header: ")
     return ModelError(
         f"{file}: safetensors cannot read it ({reason}): truncated, damaged, or of another format. "

@@ -126,7 +126,10 @@ def _steps(folder: Path, notes: list[str]) -> list[StepFolder]:
     try:
         return step_folders(place)
     except FileNotFoundError:
-        notes.append(f"{place} is not there: no evidence of the gap was written")
+        notes.append(
+            f"no evidence of the gap was written ({place} is not there): without an alarm, a run writes it every "
+            "verl_fp16.mismatch.evidence_interval steps, by default 100"
+        )
     except OSError as error:
         notes.append(f"{place} cannot be read: {error.strerror}")
     return []

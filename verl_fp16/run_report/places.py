@@ -102,7 +102,7 @@ def _log_in(folder: Path) -> Path:
         if logs:
             listed = ", ".join(str(log.relative_to(folder)) for log in logs[:5])
             more = f" and {len(logs) - 5} more" if len(logs) > 5 else ""
-            raise RunError(f"{folder}: there are {len(logs)} logs in it: {listed}{more}. Name one of them")
+            raise RunError(f"{folder}: there are {len(logs)} logs in it: {listed}{more}. Name one of them, or several")
     raise RunError(f"{folder}: there is no log of verl's in it. {_NAME_ONE}")
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from verl_fp16.made_of import differences
 from verl_fp16.sanity_set.errors import SanitySetError
 
-_PIECE = 2**20
 _BEGINNING = b'{"made_of": '
 
 
@@ -103,9 +101,7 @@ class Progress:
         return SanitySetError(f"{self.file}: this is no progress of a sanity set. Name another --output")
 
     def _check(self, there: dict[str, Any], made_of: dict[str, Any]) -> None:
-        other = [name for name in made_of if there.get(name) != made_of[name]]
-        if other:
-            told = ", ".join(f"{name} was {there.get(name)!r} and is {made_of[name]!r}" for name in other)
+        if told := differences(there, made_of):
             raise SanitySetError(
                 f"{self.file} was begun with something else ({told}). Go on with what it was begun with, name another "
                 "--output, or begin anew with --restart"
@@ -138,24 +134,3 @@ class Progress:
 
     def close(self) -> None:
         self._log.close()
-
-
-def digest(file: Path) -> str:
-    """Of a file's bytes, for ``made_of``."""
-    found = hashlib.blake2b(digest_size=8)
-    with open(file, "rb") as opened:
-        while piece := opened.read(_PIECE):
-            found.update(piece)
-    return found.hexdigest()
-
-
-def digest_of_model(folder: Path) -> str:
-    """Of a model's configuration, and the names, sizes and times of its weights, which would take long to read."""
-    found = hashlib.blake2b(digest_size=8)
-    for file in sorted(folder.iterdir()):
-        status = os.stat(file)
-        if file.suffix == ".json":
-            found.update(file.read_bytes())
-        elif file.is_file():
-            found.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-    return found.hexdigest()

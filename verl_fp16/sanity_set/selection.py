@@ -53,9 +53,13 @@ def summarise(counted: Iterable[Counted], bounds: Bounds, settings: Mapping[str,
         place = row.correct * _BINS // row.answers
         histogram[place] += 1
         kept[place] += bounds.keep(row)
+    left_out = [row for row in rows if not bounds.keep(row)]
+    below = sum(row.accuracy <= bounds.low for row in left_out)
     return {
         "questions": len(rows),
         "kept": sum(kept),
+        "below": below,
+        "above": len(left_out) - below,
         "never_right": sum(row.correct == 0 for row in rows),
         "always_right": sum(row.correct == row.answers for row in rows),
         "answers": answers,
@@ -81,8 +85,8 @@ def write(data: Path, folder: Path, counted: Mapping[int, Counted], bounds: Boun
     if not summary["kept"]:
         raise SanitySetError(
             f"no question of {data} is between {bounds.low:.0%} and {bounds.high:.0%}: {summary['never_right']} of "
-            f"{summary['questions']} were never right, {summary['always_right']} always. Set --low and --high, or give "
-            "another model or other data"
+            f"{summary['questions']} were never right, {summary['always_right']} always. Set other --low and --high, "
+            f"or give another model or other data{_left_behind(folder / PARQUET)}"
         )
     try:
         file = _write_parquet(data, folder / PARQUET, counted, bounds)
@@ -90,6 +94,10 @@ def write(data: Path, folder: Path, counted: Mapping[int, Counted], bounds: Boun
     except OSError as error:
         raise SanitySetError(f"{folder}: it cannot be written ({error.strerror})") from None
     return file
+
+
+def _left_behind(file: Path) -> str:
+    return f". {file} is of other bounds" if file.exists() else ""
 
 
 def _kept(data: Path, counted: Mapping[int, Counted], bounds: Bounds) -> Iterator[dict[str, Any]]:
@@ -154,6 +162,7 @@ def draw(summary: Mapping[str, Any], file: Path, title: str) -> Path:
     """A PNG of the histogram: questions by accuracy, those that stay in another colour."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -166,6 +175,7 @@ def draw(summary: Mapping[str, Any], file: Path, title: str) -> Path:
     axes.axvspan(summary["low"], summary["high"], color="#2a78b5", alpha=0.08, lw=0)
     axes.set_xlabel(f"share of right answers, {summary['settings'].get('answers', '')} a question")
     axes.set_ylabel("questions")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(-0.02, 1.07)
     axes.set_title(f"{title}: {summary['kept']} of {summary['questions']} questions stay", fontsize=11)
     for side in ("top", "right"):
