@@ -6,8 +6,6 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from report_runs import alarm, entry, loaded, write_evidence, write_log
 
 from verl_fp16.run_report.findings import COLLAPSE_STEPS, Finding
@@ -85,15 +83,15 @@ def test_other_metrics_that_are_not_finite_are_told_one_by_one(tmp_path):
 
 def test_a_collapse_is_told_where_the_running_mean_is_below_half_of_its_best(tmp_path):
     (finding,) = found(tmp_path, score_mean=lambda step: 1.0 if step <= 60 else 0.0)
-    # (20 - n) / 20 is below one half from the 11th step without a reward on, and by five standard errors from the 12th:
-    # 1 - 8/20 = 0.6, the error of 8 ones in 20 being 0.112.
-    assert (finding.step, finding.kind) == (72, "reward")
+    # (20 - n) / 20 is below one half from the 11th step without a reward on, and by eight standard errors from the
+    # 16th: 1 - 4/20 = 0.8, the error of 4 ones in 20 being 0.092.
+    assert (finding.step, finding.kind) == (76, "reward")
     assert "1 at step 60; at the end it is 0" in finding.text
 
 
 def test_a_collapse_that_went_away_says_so(tmp_path):
     (finding,) = found(tmp_path, score_mean=lambda step: 0.0 if 40 < step <= 70 else 1.0)
-    assert finding.step == 52 and finding.text.endswith("above that half again")
+    assert finding.step == 56 and finding.text.endswith("above that half again")
 
 
 @pytest.mark.parametrize(
@@ -112,12 +110,12 @@ def test_short_runs_are_not_judged_for_a_collapse(tmp_path):
     assert found(tmp_path, steps=range(1, 2 * COLLAPSE_STEPS), score_mean=lambda step: float(step < 20)) == []
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.01, 1.0))
-def test_a_reward_of_chance_alone_does_not_collapse(tmp_path_factory, seed, level):
-    noise = random.Random(seed)
-    folder = tmp_path_factory.getbasetemp() / "chance"
-    assert found(folder, steps=range(300), score_mean=lambda step: max(0.0, noise.gauss(level, level / 2))) == []
+def test_a_reward_of_chance_alone_does_not_collapse(tmp_path):
+    # Of five standard errors, one run in a hundred is told to have collapsed: the best mean is one of many.
+    for seed in range(200):
+        noise, level = random.Random(seed), 0.01 + seed / 200
+        rewards = [max(0.0, noise.gauss(level, level / 2)) for _ in range(300)]
+        assert found(tmp_path, steps=range(300), score_mean=rewards.__getitem__) == []
 
 
 def test_updates_that_were_skipped_in_a_row_to_the_end_are_told_with_the_newest(tmp_path):

@@ -17,7 +17,7 @@ COLLAPSE_STEPS = 20
 
 COLLAPSE_SHARE = 0.5
 
-COLLAPSE_ERRORS = 5.0
+COLLAPSE_ERRORS = 8.0
 """Standard errors that the fall has to have; that many, as the highest of many means is compared with the others."""
 
 MANY_SKIPS = 8
@@ -116,7 +116,7 @@ def _skipping(log: RunLog) -> np.ndarray:
 def _collapse(courses: Mapping[str, Course]) -> Iterator[Finding]:
     """The reward has collapsed: its mean over 20 steps is below half of the best such mean before.
 
-    Judged where that best is positive and the difference more than five standard errors of the two means, from how
+    Judged where that best is positive and the difference more than eight standard errors of the two means, from how
     the reward varied within their steps.
     """
     if "reward" not in courses:
