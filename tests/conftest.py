@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """No example has a deadline: how long one takes says how busy the machine is."""
+    with contextlib.suppress(ImportError):  # a GPU machine need not have it
+        from hypothesis import settings
+
+        settings.register_profile("unhurried", deadline=None)
+        settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
