@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_fp16.gap_report import driver, folder, stage
+from verl_fp16.gap_report import driver, stage
 from verl_fp16.sampling import Answer
+from verl_fp16.whole_files import write_whole
 
 ERROR = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 0.0}
 
@@ -80,7 +81,7 @@ def in_this_process(work, target, spec, name, tell) -> None:
 
     def told(**said) -> None:
         if "found" in said:
-            folder.write_whole(target / driver.FOUND, json.dumps(said["found"]).encode())
+            write_whole(target / driver.FOUND, json.dumps(said["found"]).encode())
         if "done" in said:
             tell(name, said["done"], said["of"])
 

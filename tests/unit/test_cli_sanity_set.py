@@ -216,7 +216,9 @@ def test_gpus_that_a_layer_is_spread_over_are_not_mixed(command):
     assert "tensor_parallel_size was 1 and is 2" in last_line(command("--tensor-parallel-size", "2"))
 
 
-@pytest.mark.parametrize("where", ("selection.draw", "progress.Progress", "selection._replace", "reward.load_reward"))
+@pytest.mark.parametrize(
+    "where", ("selection.draw", "progress.Progress", "selection.write_whole", "reward.load_reward")
+)
 def test_a_full_disk_is_one_line_wherever_it_is_met(command, monkeypatch, where):
     from verl_fp16.sanity_set import progress, reward, selection
 

@@ -18,6 +18,7 @@ from verl_fp16.gap_report.errors import GapError
 from verl_fp16.gap_report.folder import WorkFolder
 from verl_fp16.gap_report.sides import Measurement
 from verl_fp16.leftovers import shared_memory_given_back
+from verl_fp16.whole_files import write_whole
 
 Progress = Callable[[str, int, int], None]
 """Is told what is under way, how many sequences of it are done, and of how many."""
@@ -114,7 +115,7 @@ def _stage(work: WorkFolder, target: Path, spec: dict[str, Any], name: str, tell
         try:
             for said in _lines(read):
                 if "found" in said:
-                    folder.write_whole(target / FOUND, json.dumps(said["found"]).encode())
+                    write_whole(target / FOUND, json.dumps(said["found"]).encode())
                 if "done" in said:
                     tell(name, said["done"], said["of"])
                 failed = said.get("failed", failed)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl_fp16.gap_report.errors import GapError
 from verl_fp16.made_of import differences
+from verl_fp16.whole_files import taking_its_place, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,21 +114,13 @@ def write_part(file: Path, columns: Mapping[str, Sequence[Any]], schema: pa.Sche
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fresh = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(dict(columns), schema=schema), fresh)
-        os.replace(fresh, file)
+        with taking_its_place(file) as fresh:
+            pq.write_table(pa.table(dict(columns), schema=schema), fresh)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         reason = error.strerror or error
         raise GapError(f"{file}: it cannot be written ({reason}); what was done so far is kept") from None
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    fresh = file.with_name(f".{file.name}.tmp")
-    fresh.write_bytes(content)
-    os.replace(fresh, file)
 
 
 def tokens_schema() -> pa.Schema:

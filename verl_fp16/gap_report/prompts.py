@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from verl_fp16.gap_report.errors import GapError
 from verl_fp16.gap_report.folder import damaged
 from verl_fp16.prompt_tokens import tokens_of
 from verl_fp16.rows import Prompt, read_prompts
+from verl_fp16.whole_files import taking_its_place
 
 _BATCH = 256
 
@@ -32,20 +32,16 @@ def write_tokens(file: Path, limit: int | None, tokenizer: Any, longest: int | N
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fresh = target.with_name(f".{target.name}.tmp")
     schema = pa.schema([("tokens", pa.list_(pa.int32()))])
     rows = (_tokens(file, prompt, tokenizer, longest) for prompt in read_prompts(file, limit))
     number = 0
     try:
-        with pq.ParquetWriter(fresh, schema) as writer:
+        with taking_its_place(target) as fresh, pq.ParquetWriter(fresh, schema) as writer:
             while batch := list(islice(rows, _BATCH)):
                 writer.write_table(pa.table({"tokens": batch}, schema=schema))
                 number += len(batch)
-        os.replace(fresh, target)
     except OSError as error:
         raise GapError(f"{target}: it cannot be written ({error.strerror or error})") from None
-    finally:
-        fresh.unlink(missing_ok=True)
     return number
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from verl_fp16.gap_report.errors import GapError
 from verl_fp16.gap_report.folder import WorkFolder
 from verl_fp16.gap_report.sides import Measurement
 from verl_fp16.mismatch.definitions import CUT
+from verl_fp16.whole_files import taking_its_place, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,16 +66,11 @@ def read(work: WorkFolder, measurements: Sequence[Measurement], samples: int) ->
     import pyarrow.parquet as pq
 
     file = work.path / SEQUENCES
-    fresh = file.with_name(f".{file.name}.tmp")
     try:
-        with pq.ParquetWriter(fresh, _rows_schema()) as writer:
-            found = [_read(work, measurement, samples, writer) for measurement in measurements]
-        os.replace(fresh, file)
+        with taking_its_place(file) as fresh, pq.ParquetWriter(fresh, _rows_schema()) as writer:
+            return [_read(work, measurement, samples, writer) for measurement in measurements]
     except OSError as error:
         raise GapError(f"{file}: it cannot be written ({error.strerror or error})") from None
-    finally:
-        fresh.unlink(missing_ok=True)
-    return found
 
 
 def _read(work: WorkFolder, measurement: Measurement, samples: int, writer: pq.ParquetWriter) -> Measured:
@@ -237,7 +232,7 @@ def write(path: Path, results: Results, made_of: Mapping[str, Any]) -> Path:
     }
     file = path / JSON
     try:
-        folder.write_whole(file, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        write_whole(file, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise GapError(f"{file}: it cannot be written ({error.strerror})") from None
     return file

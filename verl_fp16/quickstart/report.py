@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from verl_fp16.plotting import (
     use_decades,
     use_powers_of_two,
 )
+from verl_fp16.whole_files import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -168,16 +168,7 @@ def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> P
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_strict(summary), indent=2, allow_nan=False) + "\n"
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        # mkstemp makes files that only their owner can read, which a report need not be.
-        os.fchmod(descriptor, 0o644)
-        with open(descriptor, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.replace(temporary, path)
-    except BaseException:  # also Ctrl-C: no half-written file may stay behind
-        os.unlink(temporary)
-        raise
+    write_whole(path, text.encode())
     return path
 
 

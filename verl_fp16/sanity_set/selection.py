@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from verl_fp16.rows import is_parquet
 from verl_fp16.sanity_set.errors import SanitySetError
 from verl_fp16.sanity_set.progress import Counted
 from verl_fp16.sanity_set.questions import records
+from verl_fp16.whole_files import taking_its_place, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,7 +90,7 @@ def write(data: Path, folder: Path, counted: Mapping[int, Counted], bounds: Boun
         )
     try:
         file = _write_parquet(data, folder / PARQUET, counted, bounds)
-        _replace(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        write_whole(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     except OSError as error:
         raise SanitySetError(f"{folder}: it cannot be written ({error.strerror})") from None
     return file
@@ -111,21 +111,17 @@ def _write_parquet(data: Path, file: Path, counted: Mapping[int, Counted], bound
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fresh = file.with_name(f".{file.name}.tmp")
     try:
         schema = pq.read_schema(data) if is_parquet(data) else _schema_of(_kept(data, counted, bounds))
         for name, kind in (("accuracy", pa.float64()), ("answers", pa.int64())):
             place = schema.get_field_index(name)
             field = pa.field(name, kind)
             schema = schema.append(field) if place < 0 else schema.set(place, field)
-        with pq.ParquetWriter(fresh, schema) as writer:
+        with taking_its_place(file) as fresh, pq.ParquetWriter(fresh, schema) as writer:
             for batch in _batches(_kept(data, counted, bounds)):
                 writer.write_table(pa.Table.from_pylist(batch, schema=schema))
-        os.replace(fresh, file)
     except pa.ArrowException as error:
         raise SanitySetError(f"{data}: its rows are not of one kind ({' '.join(str(error).split())[:200]})") from None
-    finally:
-        fresh.unlink(missing_ok=True)
     return file
 
 
@@ -150,12 +146,6 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
             batch = []
     if batch:
         yield batch
-
-
-def _replace(file: Path, content: bytes) -> None:
-    fresh = file.with_name(f".{file.name}.tmp")
-    fresh.write_bytes(content)
-    os.replace(fresh, file)
 
 
 def draw(summary: Mapping[str, Any], file: Path, title: str) -> Path:
