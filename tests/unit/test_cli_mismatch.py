@@ -444,3 +444,24 @@ def test_an_option_that_would_do_nothing_with_a_run_is_refused(faked, tmp_path):
     result = CliRunner().invoke(app, ["mismatch", "--from-run", "a", "--samples", "9", "--restart"])
     assert refused(result) == "--samples and --restart have no effect beside --from-run: leave them out"
     assert CliRunner().invoke(app, ["mismatch", "--from-run", "a", "--seed", "1", "-o", "out"]).exit_code == 0
+
+
+def test_what_does_not_tell_two_apart_says_so(faked, monkeypatch):
+    assert "do not tell" not in mismatch(faked, *OPTIONS).stdout
+    monkeypatch.setitem(gap_fakes.ERROR, "bfloat16", gap_fakes.ERROR["float16"])
+    alike = mismatch(faked, *OPTIONS, output="alike").stdout
+    assert "answers do not tell fp16 from bf16 (the factor's interval contains 1): raise --limit or --samples" in alike
+
+
+def test_an_output_that_is_a_file_is_told_before_anything_is_done(faked, tmp_path):
+    told = "--output prompts.txt: this is a file, and a folder is needed. Name another"
+    assert refused(mismatch(faked, output="prompts.txt")) == told
+    asked = ["sanity-set", str(faked), "--data", "x", "--reward", "y.py:z", "-o", "prompts.txt"]
+    assert refused(CliRunner().invoke(app, asked)) == told
+
+
+def test_a_run_without_evidence_is_told_how_to_have_some(faked, tmp_path):
+    (tmp_path / "run").mkdir()
+    told = refused(CliRunner().invoke(app, ["mismatch", "--from-run", "run", "-o", "out"]))
+    assert told.startswith("run: there is no evidence of a run in it") and "evidence_interval steps (100)" in told
+    assert "verl-fp16 mismatch MODEL --prompts FILE" in told

@@ -253,3 +253,9 @@ def test_without_torch_it_says_what_is_missing(tmp_path, monkeypatch):
     result = preflight(make_model(tmp_path / "model"))
     assert result.exit_code == 3
     assert "torch and safetensors are needed" in result.stderr
+
+
+def test_data_in_the_models_place_is_not_said_to_be_damaged(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1" * 100)
+    with pytest.raises(ModelError, match=r"train.parquet: this is no model. Name a Hugging Face model folder or a"):
+        open_model(tmp_path / "train.parquet")

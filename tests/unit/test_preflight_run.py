@@ -244,6 +244,12 @@ def write_prompts(file: Path, *prompts) -> Path:
     return file
 
 
+def test_the_verdict_says_what_it_is_of(tiny_model, tmp_path):
+    file = write_prompts(tmp_path / "a.jsonl", "three")
+    assert "FIT for FP16, on these prompts\n" in command(tiny_model, "--prompts", str(file)).stdout
+    assert "FIT for FP16, on generated tokens" in command(tiny_model).stdout
+
+
 def test_prompts_of_ones_own(tiny_model, tmp_path):
     chat = [{"role": "user", "content": "What is 3 + 4?"}]
     file = write_prompts(tmp_path / "a.jsonl", chat, "three", "this one is not read")

@@ -135,7 +135,9 @@ def _make(
     finally:
         kept.close()
     counted = {row: found for row, found in kept.counted.items() if row < total}
-    summary = selection.summarise(counted.values(), bounds, {**sampled, "model": str(model), "data": str(data)})
+    summary = selection.summarise(
+        counted.values(), bounds, {**sampled, "model": str(model), "data": str(data), "reward": named_reward}
+    )
     parquet = selection.write(data, output, counted, bounds, summary)
     _show(summary, parquet, selection.draw(summary, output / selection.PICTURE, model.name), total - len(counted))
 

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from verl_fp16.preflight.refusals import ModelError
 from verl_fp16.preflight.stored_weights import StoredWeights
+from verl_fp16.prompt_tokens import load_config
 
 DTYPE = torch.float16
 _CUDA_PIECE = 2**26
@@ -44,15 +45,15 @@ def build(folder: Path) -> nn.Module:
     """
     try:
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     except ImportError as error:
         raise ModelError(f"{error}: transformers and accelerate are needed to run a model: pip install them") from None
     file, way_out = folder / "config.json", "Judge the weights alone: --weights-only"
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # noqa: BLE001  whatever a configuration does not fit, transformers has no class for it
-        raise ModelError(f"{file}: transformers cannot read it ({_told(error)}). {way_out}") from None
+        config = load_config(folder)
+    except ModelError as error:
+        raise ModelError(f"{error}. {way_out}") from None
     named = (getattr(config, "architectures", None) or [None])[0]
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     names = {cls.__name__ for cls in (known if isinstance(known, tuple) else (known,)) if cls is not None}
