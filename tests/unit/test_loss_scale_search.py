@@ -63,6 +63,16 @@ def test_three_passes_do_where_nothing_is_hidden(gradient):
     assert found.largest_at_one == pytest.approx(gradient, rel=2**-10)
 
 
+def test_a_prediction_that_was_too_low_is_mended():
+    """Gradients need not be linear in the scale: what is rounded within a pass may be larger there."""
+
+    def backward(scale: float) -> Pass:
+        return Pass(scale * (4.0 if scale == 2.0**8 else 1.0), int(scale > LARGEST))
+
+    found = search(backward, 8)
+    assert (found.exponent, found.verified) == (15, True)
+
+
 def test_what_is_larger_than_matters_is_not_verified():
     backward, scales = model_of(1e-3)
     found = search(backward, 16, matters_below=10)

@@ -107,6 +107,28 @@ def test_activations_and_gradients_are_those_of_the_whole_model(kind, request):
         assert measured.gradients[10].weights[name].largest == pytest.approx(largest, rel=4 * ROUNDING), name
 
 
+@pytest.mark.parametrize("kind", ("tiny_model", "tiny_moe_model"))
+def test_weights_go_as_soon_as_a_backward_pass_has_used_them(kind, request, monkeypatch):
+    model, watch = streamed(request.getfixturevalue(kind))
+    let_go, left = model.let_go, []
+
+    def noted() -> None:
+        left.append([model._names[id(p)] for p in model._streamed if p.untyped_storage().size()])
+        let_go()
+
+    monkeypatch.setattr(model, "let_go", noted)
+    measure(model, watch, micro_batches(sequences(20), seed=0), start=10)
+    assert len(left) > 1 and not any(left)
+
+
+def test_what_is_computed_again_is_not_counted_again(tiny_model):
+    model, watch = streamed(tiny_model)
+    measured = measure(model, watch, micro_batches(sequences(20, 13), seed=0), start=10)
+    hidden = model.module.config.hidden_size
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.1", "model.norm"):
+        assert measured.outputs[name].values == (20 + 13) * hidden, name
+
+
 def test_the_tied_weight_has_a_gradient_from_each_of_its_uses(tied_model):
     model, watch = streamed(tied_model)
     measured = measure(model, watch, micro_batches(sequences(20), seed=0), start=10)
