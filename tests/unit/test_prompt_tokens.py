@@ -19,7 +19,9 @@ def tokenizer(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(path)
     # The quickstart's own is the same with and without a prompt to answer.
     tokenizer.chat_template = (
-        "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'critic' %}{{ raise_exception('no role of this name') }}{% endif %}"
+        "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
     return tokenizer
 
@@ -32,5 +34,5 @@ def test_messages_end_with_what_makes_the_model_answer(tokenizer, tmp_path):
 def test_what_cannot_be_tokens_is_named_with_its_row(tokenizer, tmp_path):
     with pytest.raises(RowsError, match="row 3 has no token. Mend it"):
         tokens_of(Prompt(3, ""), tmp_path, tokenizer)
-    with pytest.raises(RowsError, match="row 4 cannot be tokenized"):
-        tokens_of(Prompt(4, [{"role": "user"}, 7]), tmp_path, tokenizer)
+    with pytest.raises(RowsError, match="row 4 cannot be tokenized .*no role of this name"):
+        tokens_of(Prompt(4, [{"role": "critic", "content": "12+7="}]), tmp_path, tokenizer)
