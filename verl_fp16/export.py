@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from verl_fp16.weight_cast import OVERFLOW_POLICIES, CheckedCast, WeightOverflow
+from verl_fp16.whole_files import write_whole
 
 MARK = "verl_fp16_export.json"
 """The file beside a checkpoint's shards that says in which dtype the model is to be exported."""
@@ -147,9 +148,7 @@ def _config_file(model_folder: str | os.PathLike[str]) -> Path:
 
 
 def _write_json(path: Path, value: Any, indent: int | None) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
 class KeepPrecision(TorchFunctionMode):

@@ -14,6 +14,7 @@ from typing import Any
 from verl_fp16.loss_scaling import LossScaler, LossScaleStateError
 from verl_fp16.ranks import of_all_ranks, rank_and_world_size
 from verl_fp16.telling import tell
+from verl_fp16.whole_files import write_whole
 
 _START_ANEW = "To start from loss_scale.init, remove loss_scale_*.json of all ranks"
 
@@ -30,9 +31,7 @@ def save_scaler(scaler: LossScaler, folder: str | os.PathLike[str]) -> Path:
         the file.
     """
     path = state_file(folder, *rank_and_world_size())
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(scaler.state_dict()) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, (json.dumps(scaler.state_dict()) + "\n").encode())
     return path
 
 

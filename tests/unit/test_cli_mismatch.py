@@ -1,9 +1,7 @@
-"""The command mismatch with both sides faked: its numbers, what goes on after a stop, a line for a wrong input."""
+"""The command mismatch with both sides faked: its numbers, and what goes on after a stop."""
 
 from __future__ import annotations
 
-import errno
-import json
 import math
 import os
 from pathlib import Path
@@ -12,39 +10,10 @@ import gap_fakes
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from evidence_samples import evidence, token, written
+from gap_command import OPTIONS, PROMPTS, mismatch, read, refused
 from gap_fakes import FakeSampler, FakeTrainingSide
-from typer.testing import CliRunner
 
-from verl_fp16.cli.app import app
-from verl_fp16.gap_report import driver, folder, stage
-
-PROMPTS = 6
-
-
-@pytest.fixture
-def faked(monkeypatch, tmp_path, tiny_model):
-    gap_fakes.put_in_place(monkeypatch)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("".join(f"{number}+1=\n\n" for number in range(PROMPTS)))
-    return tiny_model
-
-
-def mismatch(model, *options: str, output: str = "out", prompts: str = "prompts.txt"):
-    return CliRunner().invoke(app, ["mismatch", str(model), "--prompts", prompts, "-o", output, *options])
-
-
-def refused(result, code: int = 2) -> str:
-    assert result.exit_code == code and result.stdout == "", (result.output, result.exception)
-    assert "Traceback" not in result.stderr
-    return result.stderr.splitlines()[-1].removeprefix("verl-fp16: ")
-
-
-def read(output: str = "out") -> dict:
-    return json.loads(open(f"{output}/mismatch.json").read(), parse_constant=pytest.fail)
-
-
-OPTIONS = ("--samples", "20", "--max-tokens", "24")
+from verl_fp16.gap_report import folder, stage
 
 
 def test_the_numbers_are_those_of_the_tokens(faked, tmp_path):
@@ -179,34 +148,6 @@ def test_weights_are_rounded_once_and_kept_in_float32(faked, tmp_path):
     assert (round_weights(faked, "bfloat16", target) / "model.safetensors").stat().st_mtime_ns == time
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    (
-        (("--precision", "fp8"), "--precision fp8: it has to be fp16, bf16, fp32, or TRAINING/ROLLOUT"),
-        (("--lengths", "9:3"), "--lengths 9:3: it has to be LEAST:MOST"),
-        (("--strategy", "ddp"), "--strategy ddp: it has to be fsdp2 or fsdp"),
-        (("--max-tokens", "500"), "row 0: the prompt has 4 tokens, and beside its answer the model has room for -373"),
-        (("--from-run", "x"), "--from-run takes what a run has written: leave MODEL"),
-    ),
-)
-def test_a_wrong_option_is_one_line(faked, options, message):
-    assert message in refused(mismatch(faked, *options))
-
-
-def test_wrong_files_are_one_line(faked, tmp_path):
-    assert "there is no such file" in refused(mismatch(faked, prompts="none.txt"))
-    (tmp_path / "empty.txt").write_text("")
-    assert "empty.txt: the file is empty" in refused(mismatch(faked, prompts="empty.txt"))
-    (tmp_path / "blank.txt").write_text("\n\n")
-    assert "blank.txt: there is no prompt in it" in refused(mismatch(faked, prompts="blank.txt", output="blank"))
-    (tmp_path / "other.jsonl").write_text('{"question": "1+1="}\n')
-    told = refused(mismatch(faked, prompts="other.jsonl", output="other"))
-    assert "other.jsonl, line 1: there is no column prompt" in told
-    assert "no-model" in refused(mismatch(tmp_path / "no-model"))
-    told = refused(CliRunner().invoke(app, ["mismatch"]))
-    assert told == "name a MODEL and --prompts FILE, or a run's folder with --from-run"
-
-
 def test_a_folder_of_another_measurement_is_left_alone_until_restart(faked):
     assert mismatch(faked, *OPTIONS).exit_code == 0
     before = read()
@@ -265,40 +206,6 @@ def test_vllm_is_built_for_the_tokens_that_there_are(faked):
     assert [sampler["max_model_len"] for sampler in FakeSampler.made] == [4 + 24, longest + 1, longest + 1]
 
 
-def test_a_configuration_that_cannot_be_read_is_one_line(faked, tmp_path):
-    import shutil
-
-    other = shutil.copytree(faked, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "no-such-model"}))
-    assert "config.json: transformers cannot read it" in refused(mismatch(other, *OPTIONS))
-
-
-def test_damaged_prompts_of_the_folder_are_one_line(faked):
-    assert mismatch(faked, *OPTIONS).exit_code == 0
-    Path("out/prompts.parquet").write_bytes(b"PAR1")
-    assert "prompts.parquet: it is damaged" in refused(mismatch(faked, *OPTIONS))
-
-
-def test_a_full_disk_is_one_line_and_what_was_done_is_kept(faked, monkeypatch, tmp_path):
-    monkeypatch.setattr(stage, "_SEQUENCES_OF_A_PART", 8)
-    whole = pq.write_table
-    written_so_far = []
-
-    def full_after_five(table, file, **options):
-        if len(written_so_far) == 5:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-        written_so_far.append(file)
-        whole(table, file, **options)
-
-    monkeypatch.setattr(pq, "write_table", full_after_five)
-    told = refused(mismatch(faked, *OPTIONS))
-    assert "it cannot be written (No space left on device); what was done so far is kept" in told
-    assert len(folder.parts(tmp_path / "out" / "tokens" / "bf16")) == 5
-    monkeypatch.setattr(pq, "write_table", whole)
-    assert mismatch(faked, *OPTIONS).exit_code == 0
-
-
 def test_tokens_that_are_not_finite_are_counted_and_left_out(faked, monkeypatch):
     rule = gap_fakes.log_prob
 
@@ -315,42 +222,6 @@ def test_tokens_that_are_not_finite_are_counted_and_left_out(faked, monkeypatch)
     assert f"fp16: {int(found['nonfinite_training'])} log-probabilities are not finite" in result.stdout
     monkeypatch.setattr(gap_fakes, "log_prob", lambda t, *_: np.full(len(t), np.nan, np.float32))
     assert "no token has two finite log-probabilities" in refused(mismatch(faked, *OPTIONS, output="nan"))
-
-
-def test_what_a_run_has_written(faked, tmp_path):
-    for step in (3, 12):
-        written(tmp_path / "a" / "verl_fp16" / "mismatch", step, token(0), token(1), of=evidence(token(0), sequences=9))
-    result = CliRunner().invoke(app, ["mismatch", "--from-run", "BF16=a", "--from-run", "a", "-o", "out"])
-    assert result.exit_code == 0, result.output
-    found = read()["measurements"]
-    assert list(found) == ["BF16", "a"] and found["a"]["sequences"] == 18
-    # Of evidence_samples: a sequence of row r has 40 - r tokens and a log-ratio of -r / 2.
-    assert found["a"]["intervals"]["seq_kl"]["value"] == pytest.approx(2.0)
-    assert found["a"]["intervals"]["slope_per_1k_tokens"]["value"] == pytest.approx(500.0)
-    assert "a sample of the sequences of 2 steps (3 to 12), and its worst tokens" in result.stdout
-    told = refused(CliRunner().invoke(app, ["mismatch", "--from-run", "none", "-o", "o"]))
-    assert "none" in told
-    assert "NAME=PATH lacks the name" in refused(CliRunner().invoke(app, ["mismatch", "--from-run", "=none"]))
-
-
-def test_a_name_is_told_from_a_folder_with_an_equals_sign(faked, tmp_path):
-    written(tmp_path / "lr=1e-6" / "verl_fp16" / "mismatch", 3, token(0))
-    for given, name in (("lr=1e-6", "lr=1e-6"), ("mine=lr=1e-6", "mine")):
-        assert CliRunner().invoke(app, ["mismatch", "--from-run", given, "-o", "out"]).exit_code == 0
-        assert list(read()["measurements"]) == [name]
-
-
-@pytest.mark.parametrize("folders", ("tokens/bf16", "training/fp16@fp16"))
-def test_a_damaged_part_is_one_line_and_made_again(faked, folders):
-    assert mismatch(faked, *OPTIONS).exit_code == 0
-    before = read()
-    (part,) = folder.parts(Path("out") / folders)
-    part.write_bytes(part.read_bytes()[:-99])
-    told = refused(mismatch(faked, *OPTIONS))
-    assert f"{part}: it is damaged" in told and "Remove it: the same command makes it again" in told
-    part.unlink()
-    assert mismatch(faked, *OPTIONS).exit_code == 0
-    assert read() == before
 
 
 def test_a_stage_that_is_ended_keeps_the_answers_that_it_has(tmp_path):
@@ -401,67 +272,8 @@ def test_answers_are_written_after_a_while_where_they_are_few(faked, monkeypatch
     assert len(folder.parts(tmp_path / "out" / "tokens" / "bf16")) == 2 * PROMPTS
 
 
-def test_evidence_with_numbers_that_are_none_is_read(faked, tmp_path):
-    from evidence_samples import FACTS
-
-    facts = {**FACTS, "scalars": {"mismatch/tokens": 9.0, "mismatch/k3": float("nan"), "mismatch/k1": 0.25}}
-    written(tmp_path / "a" / "verl_fp16" / "mismatch", 3, token(0), facts=facts)
-    result = CliRunner().invoke(app, ["mismatch", "--from-run", "a", "-o", "out"])
-    assert result.exit_code == 0, (result.output, result.exception)
-    found = read()["measurements"]["a"]
-    assert found["statistics"] == {"tokens": 9.0, "k1": 0.25}
-    facts = {**FACTS, "scalars": {"mismatch/tokens": 1.0, "mismatch/k1": 1.25}}
-    written(tmp_path / "a" / "verl_fp16" / "mismatch", 4, token(0), facts=facts)
-    assert CliRunner().invoke(app, ["mismatch", "--from-run", "a", "-o", "out"]).exit_code == 0
-    assert read()["measurements"]["a"]["statistics"] == {"tokens": 10.0, "k1": pytest.approx(0.35)}, "by tokens"
-
-
-def test_a_stage_that_dies_is_one_line_with_its_log(tmp_path, monkeypatch):
-    from verl_fp16.gap_report.errors import GapError
-    from verl_fp16.gap_report.folder import WorkFolder
-
-    work = WorkFolder(tmp_path / "work", {"seed": 0})
-    spec = {"stage": "no such stage", "total": 3}
-    with pytest.raises(GapError, match=r"a stage ended with code 1; its output is in .*stages.log"):
-        driver._stage(work, work.tokens("fp16"), spec, "a stage", lambda *told: None)
-    assert "KeyError: 'no such stage'" in (work.path / driver.LOG).read_text()
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    (
-        (("--ladder", "--precision", "fp16"), "--precision has no effect beside --ladder: leave it out"),
-        (("--ladder", "--same-tokens"), "--same-tokens has no effect beside --ladder: leave it out"),
-        (("--lengths", "3:9", "--max-tokens", "5"), "--max-tokens has no effect beside --lengths: leave it out"),
-    ),
-)
-def test_an_option_that_would_do_nothing_is_refused(faked, options, named):
-    assert refused(mismatch(faked, *options)) == named
-
-
-def test_an_option_that_would_do_nothing_with_a_run_is_refused(faked, tmp_path):
-    written(tmp_path / "a" / "verl_fp16" / "mismatch", 3, token(0))
-    result = CliRunner().invoke(app, ["mismatch", "--from-run", "a", "--samples", "9", "--restart"])
-    assert refused(result) == "--samples and --restart have no effect beside --from-run: leave them out"
-    assert CliRunner().invoke(app, ["mismatch", "--from-run", "a", "--seed", "1", "-o", "out"]).exit_code == 0
-
-
 def test_what_does_not_tell_two_apart_says_so(faked, monkeypatch):
     assert "do not tell" not in mismatch(faked, *OPTIONS).stdout
     monkeypatch.setitem(gap_fakes.ERROR, "bfloat16", gap_fakes.ERROR["float16"])
     alike = mismatch(faked, *OPTIONS, output="alike").stdout
     assert "answers do not tell fp16 from bf16 (the factor's interval contains 1): raise --limit or --samples" in alike
-
-
-def test_an_output_that_is_a_file_is_told_before_anything_is_done(faked, tmp_path):
-    told = "--output prompts.txt: this is a file, and a folder is needed. Name another"
-    assert refused(mismatch(faked, output="prompts.txt")) == told
-    asked = ["sanity-set", str(faked), "--data", "x", "--reward", "y.py:z", "-o", "prompts.txt"]
-    assert refused(CliRunner().invoke(app, asked)) == told
-
-
-def test_a_run_without_evidence_is_told_how_to_have_some(faked, tmp_path):
-    (tmp_path / "run").mkdir()
-    told = refused(CliRunner().invoke(app, ["mismatch", "--from-run", "run", "-o", "out"]))
-    assert told.startswith("run: there is no evidence of a run in it") and "evidence_interval steps (100)" in told
-    assert "verl-fp16 mismatch MODEL --prompts FILE" in told

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from verl_fp16.readback.compare import Answer, Difference
 from verl_fp16.settings import Settings
+from verl_fp16.whole_files import write_whole
 
 FILE = Path("verl_fp16") / "read-back.json"
 
@@ -110,7 +111,5 @@ def write(
         "differences": [str(difference) for difference in found],
         "processes": [asdict(answer) for answer in answers],
     }
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=2))
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=2).encode())
     return path
