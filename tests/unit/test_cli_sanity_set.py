@@ -90,6 +90,14 @@ def test_the_questions_that_are_right_sometimes_stay(command):
     assert min(abs(a - b) for a in seeds for b in seeds if a != b) >= 4096, "answers of two questions share no seed"
 
 
+def test_the_summary_says_what_the_set_was_made_of(command):
+    assert command("--seed", "3", "--limit", "4").exit_code == 0
+    made_of = json.loads((command.folder / "out" / "summary.json").read_text())["settings"]
+    paths = {"model": "model", "data": "data.jsonl", "reward": "reward.py:score"}
+    assert {name: made_of[name] for name in paths} == {name: str(command.folder / at) for name, at in paths.items()}
+    assert (made_of["seed"], made_of["answers"], made_of["precision"]) == (3, 10, "fp16")
+
+
 def test_an_interrupted_run_goes_on_and_comes_to_the_same(command):
     Sampler.interrupt_after = 5
     stopped = command()
