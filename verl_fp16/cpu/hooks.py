@@ -100,4 +100,16 @@ CPU_HOOKS: tuple[Hook, ...] = (
         how="keeps layer.weight beside the packed copy, which is rebuilt after each sync",
         until="vLLM's CPU build supports reloading weights",
     ),
+    Hook(
+        name="cpu.vllm_experts",
+        target=Target(
+            "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel",
+            ("self", "layer", "w13", "w2"),
+        ),
+        wrapper=_WRAPPERS + "pack_experts_again",
+        why="vLLM's CPU build packs experts when they are loaded first and never again: after a weight sync it takes the "
+        "new ones for packed and computes with nonsense",
+        how="packs them after every load",
+        until="vLLM's CPU build supports reloading weights",
+    ),
 )

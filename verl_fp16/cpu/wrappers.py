@@ -77,3 +77,26 @@ def keep_unpacked_weight(original: Callable[..., None]) -> Callable[..., None]:
         return original(layer, remove_weight=False)
 
     return dispatch_cpu_unquantized_gemm
+
+
+def pack_experts_again(original: Callable[..., None]) -> Callable[..., None]:
+    def _setup_kernel(self: Any, layer: Any, w13: Any, w2: Any) -> None:
+        loaded_before = self.moe_kernel is not None
+        original(self, layer, w13, w2)
+        if loaded_before and self.unquantized_backend.name == "CPU":
+            experts = self.moe_kernel.fused_experts
+            _refuse_padded(experts)
+            experts.process_weights_after_loading(layer)
+
+    return _setup_kernel
+
+
+def _refuse_padded(experts: Any) -> None:
+    """Padding changes the shape that weights are loaded into, and is not undone before they are loaded again."""
+    width = experts.moe_config.intermediate_size_per_partition
+    padded = experts._padded_intermediate_size(experts.moe_config)
+    if padded != width:
+        raise RuntimeError(
+            f"vLLM's CPU build pads experts of width {width} to {padded} and cannot take new weights for them then: "
+            f"use a model whose moe_intermediate_size is a multiple of {experts._intermediate_alignment()}"
+        )

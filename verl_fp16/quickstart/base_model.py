@@ -16,7 +16,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from verl_fp16.quickstart.task import DATA_SOURCE, Sum, compute_score, split_sums
 from verl_fp16.quickstart.tokenizer import IGNORED_LABEL, build_tokenizer, encode_answers, prompt_ids
@@ -39,6 +47,7 @@ class BaseRecipe:
         accuracy_window: Lowest and highest sampled held-out accuracy that is accepted.
         extra_steps: Steps of the second kind added, at the final learning rate, while the accuracy is outside.
         max_extra_steps: Bound on the steps added in all.
+        experts: Experts of each layer, of which a token takes two; 0 for a dense model.
     """
 
     sum_steps: int = 300
@@ -50,6 +59,7 @@ class BaseRecipe:
     accuracy_window: tuple[float, float] = (0.20, 0.60)
     extra_steps: int = 40
     max_extra_steps: int = 240
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,9 +79,22 @@ class BaseAccuracyError(RuntimeError):
     """The trained base model is outside of the accuracy window, so a GRPO run from it would show nothing."""
 
 
-def base_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
-    """The architecture: Qwen3 with 2 layers and 1.3 M parameters, untied embeddings, FP32 weights."""
-    return Qwen3Config(
+def base_config(tokenizer: PreTrainedTokenizerBase, experts: int = 0) -> Qwen3Config | Qwen3MoeConfig:
+    """The architecture: Qwen3 with 2 layers and 1.3 M parameters, untied embeddings, FP32 weights.
+
+    With ``experts`` each layer has so many of half its width, of which a token takes two.
+    """
+    architecture: type[Qwen3Config | Qwen3MoeConfig] = Qwen3Config
+    mixture: dict[str, int | bool] = {}
+    if experts:
+        architecture = Qwen3MoeConfig
+        mixture = {
+            "num_experts": experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 256,
+            "norm_topk_prob": True,
+        }
+    return architecture(
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=512,
@@ -91,6 +114,7 @@ def base_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **mixture,
     )
 
 
@@ -206,7 +230,8 @@ def train_base_model(
     with _torch_threads(threads):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = Qwen3ForCausalLM(base_config(tokenizer))
+            architecture = Qwen3MoeForCausalLM if recipe.experts else Qwen3ForCausalLM
+            model = architecture(base_config(tokenizer, recipe.experts))
         trainer = _Trainer(model, tokenizer, split.train, seed)
         step, goal = 0, planned
         while True:
@@ -243,7 +268,7 @@ def train_base_model(
 class _Trainer:
     """One optimizer and the encoded training questions; `step` makes one update."""
 
-    def __init__(self, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, sums: Sequence[Sum], seed: int):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sums: Sequence[Sum], seed: int):
         self.model = model
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01)
