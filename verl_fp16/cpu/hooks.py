@@ -107,8 +107,8 @@ CPU_HOOKS: tuple[Hook, ...] = (
             ("self", "layer", "w13", "w2"),
         ),
         wrapper=_WRAPPERS + "pack_experts_again",
-        why="vLLM's CPU build packs experts when they are loaded first and never again: after a weight sync it takes the "
-        "new ones for packed and computes with nonsense",
+        why="vLLM's CPU build packs experts when they are loaded first and never again: after a weight sync it "
+        "takes the new ones for packed and computes with nonsense",
         how="packs them after every load",
         until="vLLM's CPU build supports reloading weights",
     ),
