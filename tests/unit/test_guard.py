@@ -182,7 +182,7 @@ def test_every_rule_is_among_these_or_has_a_test_of_its_own():
     """A rule that nothing here sets off could be lost unseen."""
     own = {"idle_scaler", "float16_fits", "temperature_of_raw_log_probs", "teachers", "merged_lora"}
     own |= {"entry_point", "trainers", "quantized_model", "static_scale", "planted_faults", "idle_critic_scale"}
-    own |= {"large_weights"}
+    own |= {"large_weights", "group_filtering"}
     config, settings = configuration()
     cases = [guard.Case(apply(config, (row[0],)), settings, "0.9.1") for row in CONTRADICTIONS]
     assert {rule.__name__ for rule in guard.RULES if not any(list(rule(case)) for case in cases)} == own
@@ -405,3 +405,29 @@ def test_a_quantized_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "quantization_config": {"quant_method": "fp8"}}')
     found = check((f"actor_rollout_ref.model.path={tmp_path}",))
     assert [(finding.key, "quantized" in finding.why) for finding in found] == [("actor_rollout_ref.model.path", True)]
+
+
+FILTER = "algorithm.filter_groups"
+SAMPLER = "trainer.v1.sampler.custom_sampler"
+
+
+def test_group_filtering_is_refused_where_no_trainer_filters():
+    """Where the setting is read, read in the source: ``_build_replay_buffer`` of the v1 trainer, from 0.9.0 on."""
+    filtering = (f"++{FILTER}.enable=true",)
+    assert check(filtering) == []
+    for version, more in (
+        ("0.8.0", ()),
+        ("0.9.1", ("trainer.use_v1=false",)),
+        ("0.9.1", (f"{SAMPLER}.path=mine.py", f"{SAMPLER}.name=Mine")),
+    ):
+        (finding,) = check((*filtering, *more), verl=version)
+        assert (finding.severity, finding.key) == ("error", f"{FILTER}.enable"), more
+        assert check((*filtering, *more, *finding.fix), verl=version) == []
+        assert check((f"++{FILTER}.enable=false", *more), verl=version) == []
+
+
+def test_a_bound_on_generated_batches_that_nobody_reads_is_warned_of():
+    asked = (f"++{FILTER}.enable=true", f"{FILTER}.max_num_gen_batches=10")
+    (finding,) = check(asked)
+    assert (finding.severity, finding.key) == ("warning", f"{FILTER}.max_num_gen_batches")
+    assert check((*asked, *finding.fix)) == []

@@ -9,6 +9,8 @@ from verl_fp16.guard.case import GENERATION, Case
 
 BYPASS = "algorithm.rollout_correction.bypass_mode"
 LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
+FILTER = "algorithm.filter_groups"
+SAMPLER = "trainer.v1.sampler.custom_sampler"
 CORRECTION = "actor_rollout_ref.actor.policy_loss.rollout_correction"
 
 
@@ -70,4 +72,28 @@ def unequal_batches(case: Case) -> Iterator[Finding]:
         yield Finding("error", key, ours, why, (f"{key}={str(theirs).lower()}",))
 
 
-RULES = (bypass_mode, unequal_batches)
+def group_filtering(case: Case) -> Iterator[Finding]:
+    """DAPO's filter of groups: done by the v1 trainer's own replay buffer (``trainer_base._build_replay_buffer``).
+
+    The trainers of 0.8.0 and the legacy trainer hold the setting and never read it.
+    """
+    if case.get(f"{FILTER}.enable", False) is not True:
+        return
+    off = (case.set_to(f"{FILTER}.enable", "false"),)
+    if case.verl.startswith("0.8."):
+        why = "neither trainer of verl 0.8 filters groups: take verl 0.9 or later, or do without"
+        yield Finding("error", f"{FILTER}.enable", True, why, off)
+    elif not _is_v1(case):
+        why = "the legacy trainer does not filter groups, only the v1 trainer does"
+        yield Finding("error", f"{FILTER}.enable", True, why, ("trainer.use_v1=true",), f"or {FILTER}.enable=false")
+    elif case.get(f"{SAMPLER}.path", None) is not None:
+        why = "a custom sampler takes the place of the replay buffer that filters groups"
+        fix = (f"{SAMPLER}.path=null", f"{SAMPLER}.name=null")
+        yield Finding("error", f"{FILTER}.enable", True, why, fix, f"or {FILTER}.enable=false")
+    most = case.get(f"{FILTER}.max_num_gen_batches", 0)
+    if isinstance(most, int) and most > 0:
+        why = "no trainer reads it: max_inflight_gen_batches bounds what is generated at a time"
+        yield Finding("warning", f"{FILTER}.max_num_gen_batches", most, why, (f"{FILTER}.max_num_gen_batches=0",))
+
+
+RULES = (bypass_mode, unequal_batches, group_filtering)
