@@ -7,9 +7,21 @@ from typing import Annotated
 import typer
 
 from verl_fp16 import __version__
-from verl_fp16.cli import config, doctor, mismatch, patch_source, preflight, recipes, report, run, sanity_set, tokens
+from verl_fp16.cli import (
+    config,
+    data,
+    doctor,
+    mismatch,
+    patch_source,
+    preflight,
+    recipes,
+    report,
+    run,
+    sanity_set,
+    tokens,
+)
 
-COMMANDS = (run, recipes, config, doctor, preflight, mismatch, sanity_set, tokens, report, patch_source)
+COMMANDS = (run, recipes, config, doctor, preflight, data, mismatch, sanity_set, tokens, report, patch_source)
 """In the order in which ``--help`` shows them."""
 
 app = typer.Typer(
