@@ -65,6 +65,21 @@ def test_folders_say_the_split_too(tmp_path):
     refused("several configurations: algebra, geometry", find_files, tmp_path)
 
 
+def test_the_nearest_name_says_the_split(tmp_path):
+    touch(tmp_path, "test-sets/train/a.jsonl", "train-sets/a.test.jsonl")
+    assert found(tmp_path, None, ["a"]) == {"train": ["test-sets/train/a.jsonl"]}
+
+
+def test_names_that_tell_nothing_are_no_configuration(tmp_path):
+    touch(tmp_path, "data/train/part-0.jsonl", "data/train/data-1.jsonl", "test.jsonl")
+    assert found(tmp_path) == {"train": ["data/train/data-1.jsonl", "data/train/part-0.jsonl"], "test": ["test.jsonl"]}
+
+
+def test_what_tools_leave_beside_the_data_is_passed_over(tmp_path):
+    touch(tmp_path, "gsm8k-train.arrow", "cache-0123.arrow", ".git/train.jsonl", "__MACOSX/train.jsonl", ".train.jsonl")
+    assert found(tmp_path) == {"train": ["gsm8k-train.arrow"]}
+
+
 def test_validation_is_the_test_split_where_there_is_no_other(tmp_path):
     touch(tmp_path, "train.jsonl", "validation.jsonl")
     assert found(tmp_path) == {"train": ["train.jsonl"], "test": ["validation.jsonl"]}
@@ -176,8 +191,8 @@ def test_every_form_is_read_alike(tmp_path):
 
 def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
     file = tmp_path / "train.jsonl"
-    file.write_text(json.dumps({"question": "a\u2028b", "answer": "#### 1"}, ensure_ascii=False), encoding="utf-8")
-    assert read_columns(file, lambda names: ["question"]) == {"question": ["a\u2028b"]}
+    file.write_text('{"question": "a\u2028b"}\n{"question": "c"}', encoding="utf-8")
+    assert read_columns(file, lambda names: ["question"]) == {"question": ["a\u2028b", "c"]}
 
 
 @pytest.mark.parametrize(

@@ -294,8 +294,10 @@ def test_what_is_there_is_not_overwritten_unasked_and_the_data_never(tmp_path):
         require_free([file], [], force=False)
     require_free([file, tmp_path / "test.parquet"], [], force=True)
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(DataSetError, match="this is what is to be read"):
-        require_free([tmp_path / "link" / "train.parquet"], [file], force=True)
+    through_link = tmp_path / "link" / "train.parquet"
+    for target, source in ((through_link, file), (file, through_link)):
+        with pytest.raises(DataSetError, match="this is what is to be read"):
+            require_free([target], [source], force=True)
     (tmp_path / "test.parquet").mkdir()
     with pytest.raises(DataSetError, match="this is a folder"):
         require_free([tmp_path / "test.parquet"], [], force=True)
