@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import typer
 from data_set_samples import rows_of, save_lines, save_parquet
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from typer.testing import CliRunner
 
 from verl_fp16.cli.app import app
 from verl_fp16.data_sets import converting, writing
+from verl_fp16.data_sets.tasks import TASKS
 
 
 def data(*arguments: object):
@@ -173,6 +176,17 @@ def test_all_splits_are_converted_before_one_is_written(gsm8k, out, monkeypatch)
         )
     assert data("gsm8k", gsm8k, "-o", out).exit_code == 0
     assert calls == ["_convert_split"] * 2 + ["taking_its_place"] * 2
+
+
+def test_the_page_has_every_option_and_what_rows_become():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    command = typer.main.get_command(app).commands["data"]
+    options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+    table = page.partition("| option |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"--[a-z][a-z-]+", table)) == options
+    for task in TASKS.values():
+        assert task.data_source in page
+        assert task.instruction in page
 
 
 def test_it_needs_no_network_and_imports_nothing_heavy(gsm8k, out):

@@ -78,6 +78,7 @@ def test_names_that_tell_nothing_are_no_configuration(tmp_path):
 def test_what_tools_leave_beside_the_data_is_passed_over(tmp_path):
     touch(tmp_path, "gsm8k-train.arrow", "cache-0123.arrow", ".git/train.jsonl", "__MACOSX/train.jsonl", ".train.jsonl")
     assert found(tmp_path) == {"train": ["gsm8k-train.arrow"]}
+    assert find_files(tmp_path).notes == ()
 
 
 def test_validation_is_the_test_split_where_there_is_no_other(tmp_path):

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _SHOWN = 3
-_KEYS = {"train": "data.train_files", "test": "data.val_files"}
 
 
 def register(app: typer.Typer) -> None:
@@ -98,6 +97,8 @@ def _make(
 
 
 def _show(made: Mapping[str, Converted], files: Mapping[str, Path], notes: Iterable[str]) -> None:
+    from verl_fp16.data_sets.converting import FILE_KEYS
+
     rows = [
         (split, f"{converted.table.num_rows:,}", f"{len(converted.left_out):,}", str(files[split]))
         for split, converted in made.items()
@@ -110,10 +111,10 @@ def _show(made: Mapping[str, Converted], files: Mapping[str, Path], notes: Itera
             typer.echo(f"left out of {split}: {len(converted.left_out) - _SHOWN:,} more")
     for note in notes:
         typer.echo(note)
-    for split, key in _KEYS.items():
+    for split, key in FILE_KEYS.items():
         if split not in made:
             typer.echo(f"no {split} split is here: verl wants {key} too")
-    typer.echo("for verl: " + " ".join(_override(_KEYS[split], file) for split, file in files.items()))
+    typer.echo("for verl: " + " ".join(_override(FILE_KEYS[split], file) for split, file in files.items()))
 
 
 def _override(key: str, file: Path) -> str:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 ABILITY, STYLE, ROLE = "math", "rule", "user"
 VERLS_OWN = ("data_source", "prompt", "reward_model")
 """Columns of data that verl reads as they are."""
-_FILE_KEYS = {"train": "data.train_files", "test": "data.val_files"}
+FILE_KEYS = {"train": "data.train_files", "test": "data.val_files"}
+"""Split -> the key by which verl is given its file."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _read(
         if names and all(name in names for name in VERLS_OWN):
             raise DataSetError(
                 f"{file}: this has verl's own columns already ({', '.join(VERLS_OWN)}) and needs no conversion: use it "
-                f"as it is, with {_FILE_KEYS[split]}={file}"
+                f"as it is, with {FILE_KEYS[split]}={file}"
             )
         if names:
             chosen.append(_column(file, names, options.question, task.questions, "question"))

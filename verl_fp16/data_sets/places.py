@@ -174,7 +174,7 @@ def _placed(path: Path, folders: Sequence[str]) -> _DataFile:
 
 def _remainder(words: Sequence[str]) -> list[str]:
     """What a name says beside its split and the number of its part."""
-    kept = [word for word in words if not word.isdigit() and word.lower() not in ("data", "part")]
+    kept = [word for word in words if not word.isdigit() and word.lower() != "part"]
     return ["-".join(kept)] if kept else []
 
 
