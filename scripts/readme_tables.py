@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import recipes_page  # noqa: E402
+
 from verl_fp16.hooks import HOOKS  # noqa: E402
 from verl_fp16.patching import Hook  # noqa: E402
 from verl_fp16.releases import SUPPORTED_VERL  # noqa: E402
@@ -267,6 +269,12 @@ TABLES = {
     },
     GAP: {"ladder": ladder_table, "throughput": throughput_table},
     PREFLIGHT: {"memory": preflight_memory_table},
+    recipes_page.RECIPES / "README.md": {
+        "paper": recipes_page.paper_table,
+        "everyday": recipes_page.everyday_table,
+        "cpu": recipes_page.cpu_table,
+        "measured": recipes_page.measured_table,
+    },
 }
 
 

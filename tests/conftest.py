@@ -38,6 +38,13 @@ def sharp_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save_tiny(tmp_path_factory.mktemp("sharp-model"), "Qwen3", initializer_range=0.15)
 
 
+@pytest.fixture(scope="session")
+def sharp_moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts with weights of seven times the size: computing with others shows."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    return _save_tiny(tmp_path_factory.mktemp("sharp-moe-model"), "Qwen3Moe", initializer_range=0.15, **experts)
+
+
 def _save_tiny(path: Path, architecture: str, **more: object) -> Path:
     import torch
     import transformers

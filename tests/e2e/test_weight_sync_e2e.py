@@ -32,8 +32,8 @@ CASES = {
 @pytest.mark.parametrize(
     "case", [case if i < 1 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(CASES)]
 )
-def test_vllm_holds_the_masters_in_float16(case, tiny_model, tiny_moe_model, tmp_path):
-    run = train_with_dumps(tmp_path, tiny_moe_model if "experts" in case else tiny_model, *CASES[case])
+def test_vllm_holds_the_masters_in_float16(case, tiny_model, sharp_moe_model, tmp_path):
+    run = train_with_dumps(tmp_path, sharp_moe_model if "experts" in case else tiny_model, *CASES[case])
     check_nothing_left(run)
     check_rollout_holds_masters(run, ranks=2 if "2 ranks" in case else 1)
 

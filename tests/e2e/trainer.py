@@ -60,8 +60,11 @@ def train(
     on_tick: Callable[[], object] | None = None,
     env: Mapping[str, str] | None = None,
     release: str | None = None,
+    recipe: str = "quickstart",
 ) -> Run:
     """Run ``python -m verl.trainer.main_ppo --config-name quickstart`` with overrides, in ``folder``.
+
+    ``recipe`` is another one of those for a CPU.
 
     Modules beside this one can be named in ``model.external_lib``. ``release`` is the verl that runs: one of
     :mod:`releases`, or the installed one.
@@ -73,9 +76,10 @@ def train(
     metrics = folder / f"metrics-{steps}.jsonl"
     with ray_temp_dir() as ray_dir:
         command = [
-            *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "quickstart"),
+            *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", recipe),
             *SMALL,
             f"quickstart_dir={folder}",
+            f"trainer.default_local_dir={folder / 'checkpoints'}",
             f"hydra.run.dir={folder / 'hydra'}",
             f"actor_rollout_ref.model.path={model}",
             f"critic.model.path={model}",
