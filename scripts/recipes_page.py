@@ -12,21 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from verl_fp16.recipe_files import Recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 RESULTS = ROOT / "benchmarks" / "results"
-
-HARDWARE = {
-    "gpus_1": "1 GPU (4, 8: `scale=gpus_4`, `scale=gpus_8`)",
-    "gpus_4": "4 GPUs",
-    "gpus_8": "8 GPUs",
-    "gpus_8_large": "8 GPUs",
-    "two_nodes": "2 x 8 GPUs",
-    "two_nodes_large": "2 x 8 GPUs",
-}
-_REWARD = "training accuracy"
 
 
 @dataclass(frozen=True)
@@ -69,17 +59,6 @@ PAPER = {
 EVERYDAY = ("gsm8k_grpo", "gsm8k_ppo", "two_nodes")
 
 
-def groups_of(recipe: Path) -> dict[str, str]:
-    """Group -> member, from the defaults list of a recipe's file."""
-    defaults = yaml.safe_load(recipe.read_text())["defaults"]
-    return {group: member for entry in defaults if isinstance(entry, dict) for group, member in entry.items()}
-
-
-def names() -> list[str]:
-    """The shipped recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
 def _result(name: str) -> dict[str, Any]:
     path = RESULTS / name
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -118,32 +97,25 @@ def paper_table() -> str:
 
 
 def _paper_row(name: str, paper: Paper) -> tuple[str, ...]:
-    hardware = HARDWARE[groups_of(RECIPES / f"{name}.yaml")["scale"]]
-    return (f"`{name}`", paper.what, paper.bf16, paper.fp16, hardware, label(name))
+    return (f"`{name}`", paper.what, paper.bf16, paper.fp16, shipped_recipes()[name].hardware, label(name))
 
 
 def everyday_table() -> str:
     """A row for each recipe that begins something of one's own."""
     head = ("recipe", "what it is", "hardware", "here")
-    rows = (
-        (f"`{name}`", _summary(name), HARDWARE[groups_of(RECIPES / f"{name}.yaml")["scale"]], label(name))
-        for name in EVERYDAY
-    )
-    return _table(head, rows)
+    return _table(head, (_own_row(shipped_recipes()[name]) for name in EVERYDAY))
+
+
+def _own_row(recipe: Recipe) -> tuple[str, ...]:
+    return (f"`{recipe.name}`", recipe.summary, recipe.hardware, label(recipe.name))
 
 
 def cpu_table() -> str:
     """A row for each recipe for a machine without a GPU."""
-    rows = ((f"`{name}`", _summary(name), label(name)) for name in names() if "hardware" in _groups(name))
-    return _table(("recipe", "what it is", "here"), rows)
-
-
-def _groups(name: str) -> dict[str, str]:
-    return groups_of(RECIPES / f"{name}.yaml")
-
-
-def _summary(name: str) -> str:
-    return (RECIPES / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ")
+    recipes = (recipe for recipe in shipped_recipes().values() if recipe.hardware == "CPU")
+    return _table(
+        ("recipe", "what it is", "here"), ((f"`{one.name}`", one.summary, label(one.name)) for one in recipes)
+    )
 
 
 def measured_table() -> str:
@@ -174,8 +146,8 @@ def measured_table() -> str:
             "",
             *_verdicts(runs),
             "",
-            f"{steps} steps each on {questions['kept']} of {questions['questions']} questions, one seed; ± is the standard "
-            f"error over those steps. `{result['command']}`; {result['date']}, {result['machine']}; {made}.",
+            f"{steps} steps each on {questions['kept']} of {questions['questions']} questions, one seed; ± is the "
+            f"standard error over those steps. `{result['command']}`; {result['date']}, {result['machine']}; {made}.",
         ]
     )
 
@@ -188,8 +160,8 @@ def _verdicts(runs: Mapping[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
         error = (fp16["accuracy_last_standard_error"] ** 2 + bf16["accuracy_last_standard_error"] ** 2) ** 0.5
         verdict = "FP16 is ahead" if gained > 2 * error else "BF16 is ahead" if -gained > 2 * error else "no difference"
         yield (
-            f"- `{recipe}`: the gap is {bf16['gap_mean'] / fp16['gap_mean']:.1f} times smaller in FP16; in accuracy FP16 "
-            f"minus BF16 is {100 * gained:+.1f} ± {100 * error:.1f} points: {verdict} at this scale."
+            f"- `{recipe}`: the gap is {bf16['gap_mean'] / fp16['gap_mean']:.1f} times smaller in FP16; in accuracy "
+            f"FP16 minus BF16 is {100 * gained:+.1f} ± {100 * error:.1f} points: {verdict} at this scale."
         )
 
 

@@ -7,6 +7,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import yaml
+
+_SCALES = {
+    "gpus_1": "1 GPU",
+    "gpus_4": "4 GPUs",
+    "gpus_8": "8 GPUs",
+    "gpus_8_large": "8 GPUs",
+    "two_nodes": "2 x 8 GPUs",
+    "two_nodes_large": "2 x 8 GPUs",
+}
+
 
 class RecipeError(ValueError):
     """A recipe is unknown or cannot be used; the message names it and the way out."""
@@ -32,6 +43,27 @@ class Recipe:
         lines = self.path.read_text(encoding="utf-8").splitlines()
         first = next((line for line in lines if line.strip()), "")
         return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Group -> member, of the defaults list; {} if there is none that can be read."""
+        try:
+            content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            return {}
+        defaults = content.get("defaults") if isinstance(content, dict) else None
+        return {
+            str(group): str(member)
+            for entry in defaults or ()
+            if isinstance(entry, dict)
+            for group, member in entry.items()
+        }
+
+    @property
+    def hardware(self) -> str:
+        """What it is made for, by its groups ``scale`` and ``hardware``; "" if it has neither of ours."""
+        groups = self.groups
+        return "CPU" if groups.get("hardware") == "cpu" else _SCALES.get(groups.get("scale", ""), "")
 
 
 def shipped_recipes() -> dict[str, Recipe]:

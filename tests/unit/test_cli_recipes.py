@@ -19,9 +19,11 @@ def invoke(*arguments: str):
 
 def test_list_has_every_shipped_recipe_with_its_first_comment_line():
     result = invoke("recipes", "list")
-    rows = dict(line.split("\t") for line in result.stdout.splitlines())
+    rows = {name: rest for name, *rest in (line.split("\t") for line in result.stdout.splitlines())}
     assert set(rows) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    assert rows["quickstart"].startswith("GRPO on written sums")
+    assert all(hardware and summary for hardware, summary in rows.values())
+    assert rows["quickstart"][0] == "CPU" and rows["quickstart"][1].startswith("GRPO on written sums")
+    assert rows["two_nodes"][0] == "2 x 8 GPUs"
 
 
 @pytest.mark.parametrize("text", ("a: 1\n# later\n", "", "\n\n"))
@@ -29,6 +31,13 @@ def test_a_recipe_without_a_comment_at_the_top_has_no_summary(text, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     assert recipe_files.find_recipe(str(path)).summary == ""
+
+
+@pytest.mark.parametrize("text", ("", "a: [\n", "- a\n", "defaults:\n  - ppo_trainer\n  - scale: mine\n"))
+def test_a_recipe_without_groups_of_ours_has_no_hardware(text, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    assert recipe_files.find_recipe(str(path)).hardware == ""
 
 
 def test_copy_into_a_folder_and_to_a_file(tmp_path):

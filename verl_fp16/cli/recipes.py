@@ -17,10 +17,11 @@ def register(app: typer.Typer) -> None:
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """List the shipped recipes: name and what it is for."""
+    """List the shipped recipes: name, what it is made for, what it is."""
     from verl_fp16.recipe_files import shipped_recipes
 
-    print_table(("recipe", "what it is"), ((recipe.name, recipe.summary) for recipe in shipped_recipes().values()))
+    rows = ((recipe.name, recipe.hardware, recipe.summary) for recipe in shipped_recipes().values())
+    print_table(("recipe", "hardware", "what it is"), rows)
 
 
 @recipes.command("copy")
