@@ -21,6 +21,7 @@ from verl_fp16.refusal import GuardError, one_message
 from verl_fp16.settings import Settings, SettingsError
 
 TRIPWIRE = "verl_fp16.required"
+LAUNCHER = "verl_fp16_processes"
 
 # The parts of verl's configuration that the guard looks at: one that cannot be resolved cannot be vouched for.
 JUDGED = ("actor_rollout_ref", "critic", "algorithm", "trainer", "distillation", "model_engine")
@@ -37,6 +38,7 @@ def check_before_start(config: Any) -> None:
         if is_flag_given(config):
             plugin.require_active(verify=True)
             refuse_several_members(config)
+            refuse_runs_in_one_process()
             guard_start(config)
             keep_tripwire(config)
         else:
@@ -188,6 +190,28 @@ def refuse_several_members(config: DictConfig) -> None:
     choice = HydraConfig.get().runtime.choices.get(GROUP) if HydraConfig.initialized() else None
     if isinstance(choice, list | ListConfig):
         raise GuardError(f"verl_fp16: {GROUP}={list(choice)} declares several precisions: name one of them")
+
+
+def refuse_runs_in_one_process() -> None:
+    """With Hydra's basic launcher a sweep's second run would start on what the first left of Ray and of our hooks.
+
+    It is still Hydra's default where the flag itself is swept (``+precision=fp16,bf16``): our launcher comes with the
+    flag, and the sweep as a whole has none. A run of our launcher is no sweep of its own.
+
+    Raises:
+        GuardError: naming the launcher that gives each run a process.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
+    if launcher in ("basic", LAUNCHER):
+        raise GuardError(
+            "verl_fp16: the runs of this sweep would share one process, and verl and Ray are not made for a second "
+            f"run in it: add hydra/launcher={LAUNCHER}, which gives each a process of its own"
+        )
 
 
 def tell_of_dead_dtype(config: Any) -> None:
