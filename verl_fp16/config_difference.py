@@ -76,10 +76,8 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
     from verl_fp16.refusal import GuardError
     from verl_fp16.settings import SettingsError
 
-    own_file = recipe is not None and not recipe.shipped
-    first = recipe.path.parent if own_file else config_dir
     try:
-        arguments = _behind_own_folder(config_dir, overrides, recipe.path) if own_file else list(overrides)
+        first, arguments = _place(config_dir, overrides, recipe)
         with initialize_config_dir(str(first), version_base=None):
             config = hydra_compose(recipe.name if recipe else PLAIN, overrides=arguments)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -94,6 +92,45 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
         found = driver.examine(config)  # all that is wrong, as a start would be told it
         raise GuardError(render_errors(found, driver.declared_pair(config))) from None
     return Composed(_resolved(config), findings)
+
+
+def is_sweep(config_dir: Path, arguments: Sequence[str], recipe: Recipe) -> bool:
+    """Whether verl's launcher would start several runs with ``arguments``: by an option, an override or the recipe.
+
+    What Hydra cannot compose or read is no sweep here: the launcher tells what is wrong with it.
+    """
+    from argparse import ArgumentError
+
+    import yaml
+    from hydra import initialize_config_dir
+    from hydra._internal.utils import get_args_parser  # what verl's launcher reads them with, abbreviations and all
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        given, _ = parser.parse_known_args(list(arguments))
+        first, overrides = _place(config_dir, given.overrides, recipe)
+    except (ArgumentError, yaml.YAMLError):
+        return False
+    if given.multirun:
+        return True
+    with initialize_config_dir(str(first), version_base=None):
+        mode = GlobalHydra.instance().hydra.get_mode(recipe.name, overrides)
+    # None also where a folder of --config-dir, which is not looked in here, is needed.
+    return mode == RunMode.MULTIRUN or (mode is None and "hydra.mode=MULTIRUN" in overrides)
+
+
+def _place(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None) -> tuple[Path, list[str]]:
+    """The folder that Hydra looks in first, and the overrides with the others.
+
+    Raises:
+        yaml.YAMLError: the recipe is no YAML.
+    """
+    if recipe is None or recipe.shipped:
+        return config_dir, list(overrides)
+    return recipe.path.parent, _behind_own_folder(config_dir, overrides, recipe.path)
 
 
 def _behind_own_folder(config_dir: Path, overrides: Sequence[str], recipe: Path) -> list[str]:

@@ -20,6 +20,7 @@ OLD, NEW = (InstalledVerl(version, Path("/verl")) for version in ("0.8.0", "0.9.
 OURS = "verl_fp16.plugin,verl_fp16.cpu.plugin"
 KEY = "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES"
 SHIPPED = find_recipe("quickstart")
+REAL_VERL = installed.find_verl
 LAUNCHER = (sys.executable, "-m", "verl.trainer.main_ppo")
 
 
@@ -134,6 +135,41 @@ def test_supervised_shows_the_log_and_returns_the_childs_exit_code(code, options
     assert "from the child" in result.stdout
     assert "from the child" in log.read_text()
     assert ("the whole log" in result.stderr) is (expected != 0)
+
+
+SWEEPS = (
+    ("quickstart", "--multirun"),
+    ("quickstart", "-m", "precision=fp16,bf16"),
+    ("quickstart", "--multi", "precision=fp16,bf16"),
+    ("quickstart", "hydra.mode=MULTIRUN"),
+    ("precision_ablation",),
+    ("precision_ablation", "precision=fp16,bf16"),
+)
+
+
+@pytest.mark.parametrize("arguments", SWEEPS)
+def test_a_sweep_is_not_supervised(arguments, started, monkeypatch):
+    monkeypatch.setattr(installed, "find_verl", REAL_VERL)
+    result = invoke(*arguments, "--supervised", "--dry-run")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "--supervised watches one run" in result.stderr
+    assert invoke(*arguments, "--dry-run").exit_code == 0, "without it, it is Hydra's business"
+
+
+def test_a_file_that_builds_on_a_sweep_is_one_and_a_run_of_a_sweep_is_none(tmp_path, started, monkeypatch):
+    monkeypatch.setattr(installed, "find_verl", REAL_VERL)
+    own = tmp_path / "mine.yaml"
+    own.write_text("defaults: [precision_ablation, _self_]\n")
+    assert "--supervised watches one run" in invoke(str(own), "--supervised", "--dry-run").stderr
+    for recipe in (str(own), "precision_ablation"):
+        result = invoke(recipe, "hydra.mode=RUN", "precision=bf16", "--supervised", "--dry-run")
+        assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize("arguments", (["--cfg", "nothing"], ["unknown.key=1"], ["a=[1"]))
+def test_what_hydra_cannot_read_is_left_for_it_to_tell(arguments, started, monkeypatch):
+    monkeypatch.setattr(installed, "find_verl", REAL_VERL)
+    assert invoke("quickstart", *arguments, "--supervised", "--dry-run").exit_code == 0
 
 
 def planted_verl(folder: Path, version: str) -> Path:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from verl_fp16.cli.output import fail
+
+if TYPE_CHECKING:
+    from verl_fp16.installed import InstalledVerl
+    from verl_fp16.recipe_files import Recipe
 
 TIMED_OUT = 124  # as timeout(1)
 INTERRUPTED = 130
@@ -51,10 +56,12 @@ def run(
     if not supervised and (log_file is not None or timeout is not None):
         raise fail("--log-file and --timeout belong to --supervised: add it")
     try:
-        found = find_recipe(recipe)
-        launch = plan_launch(found, overrides or (), find_verl(), os.environ)
+        found, verl = find_recipe(recipe), find_verl()
+        launch = plan_launch(found, overrides or (), verl, os.environ)
     except (RecipeError, VerlNotFound, LaunchError) as error:
         raise fail(error) from None
+    if supervised:
+        _refuse_sweep(found, overrides or (), verl)
     if dry_run:
         typer.echo(launch.as_shell())
         return
@@ -66,6 +73,16 @@ def run(
     sys.stderr.flush()
     # This process becomes the trainer: signals and exit code are its own, with nothing in between.
     os.execve(launch.command[0], launch.command, environment)
+
+
+def _refuse_sweep(recipe: Recipe, overrides: Sequence[str], verl: InstalledVerl) -> None:
+    from verl_fp16.config_difference import is_sweep
+
+    if is_sweep(verl.config_dir, overrides, recipe):
+        raise fail(
+            "--supervised watches one run and would take the end of a sweep's first for a death: leave --supervised "
+            "out, or start one of the runs, without --multirun and with hydra.mode=RUN"
+        )
 
 
 def _run_supervised(command: tuple[str, ...], environment: dict[str, str], log: Path, timeout: float | None) -> int:
