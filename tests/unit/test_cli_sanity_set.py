@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -256,3 +257,33 @@ def test_an_answer_is_right_from_the_reward_that_was_asked_for_and_others_are_no
         "0 are below (0 never right), 0 above (12 always)"
         in command("--correct-from", "0.25", "--low", "1", "--high", "1", "--restart").output
     )
+
+
+def test_verls_own_scores_judge_and_a_source_that_it_does_not_know_costs_no_sampling(command, verls_scores):
+    write_data(command.folder, [question(str(n), "sums") for n in range(10)] + [question("10")])
+    told = last_line(command("--reward", "verl"))
+    assert "verl has no score for data_source 'd' (row 10)" in told and "--reward FILE.py:FUNC" in told
+    assert Sampler.settings is None
+    done = command("--reward", "verl", "--limit", "10")
+    assert done.exit_code == 0 and "7 of 10 questions stay" in done.output
+    summary = json.loads((command.folder / "out" / "summary.json").read_text())
+    assert summary["settings"]["reward"] == "verl"
+
+
+def test_verls_own_scores_go_on_where_they_were_unless_they_or_the_function_is_another(command, verls_scores):
+    write_data(command.folder, [question(str(n), "sums") for n in range(10)])
+    verls = ("--reward", "verl")
+    Sampler.interrupt_after = 5
+    assert command(*verls).exit_code == 130
+    Sampler.interrupt_after = None
+    another = "the reward function is another, or its file was changed"
+    assert another in last_line(command()), "a file's"
+    assert command(*verls).exit_code == 0
+    assert sorted(row for row, _ in Sampler.asked) == list(range(10)), "each once"
+    (verls_scores / "gsm8k.py").write_text("changed = True\n")
+    assert another in last_line(command(*verls, "--low", "0.1"))
+
+
+def test_verls_own_scores_need_verl(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "verl", None)
+    assert "verl is not installed in this environment" in last_line(command("--reward", "verl"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -114,7 +116,7 @@ def test_the_reward_is_called_as_verl_calls_it(rewards, name):
 @pytest.mark.parametrize(
     ("named", "message"),
     (
-        ("{}", "it has to be FILE.py:FUNC"),
+        ("{}", "it has to be FILE.py:FUNC, such as reward.py:compute_score, or verl for verl's own"),
         ("{}:", "it has to be FILE.py:FUNC"),
         ("{}:unknown", "there is no function unknown"),
         ("{}.gone:right", "there is no file"),
@@ -145,6 +147,64 @@ def test_a_module_that_does_not_load_is_named(tmp_path, text, message):
 def test_a_reward_that_fails_names_its_row(rewards, name, message):
     with pytest.raises(SanitySetError, match=message):
         reward.load_reward(f"{rewards}:{name}")(question(), "2")
+
+
+def sourced(source: str):
+    return questions.Question(4, ROW["prompt"], source, "2", {})
+
+
+def test_verls_own_scores_go_by_data_source(verls_scores):
+    found = reward.load_reward("verl")
+    for source in ("sums", "strict"):
+        found.check(sourced(source))  # with no answer, for which the strict one raises
+        assert (found(sourced(source), "2"), found(sourced(source), "3")) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    (
+        ("mine", "verl has no score for data_source 'mine' .row 4.. Give a function of your own, as --reward FILE.py"),
+        ("needs", "'needs' .row 4. does not load: ModuleNotFoundError: .*nobody_has_this.* or give a function of your"),
+    ),
+)
+def test_a_data_source_that_verl_cannot_score_is_named_with_its_row(verls_scores, source, message):
+    with pytest.raises(SanitySetError, match=message):
+        reward.load_reward("verl").check(sourced(source))
+
+
+def test_verls_own_scores_are_others_when_any_of_their_files_is_changed(verls_scores):
+    before = reward.load_reward("verl").identity
+    assert reward.load_reward("verl").identity == before
+    (verls_scores / "gsm8k.py").write_text("changed = True\n")
+    assert reward.load_reward("verl").identity != before
+
+
+def test_verls_own_scores_where_there_is_no_verl(monkeypatch):
+    monkeypatch.setitem(sys.modules, "verl", None)
+    with pytest.raises(SanitySetError, match="verl is not installed in this environment. Install it, or give"):
+        reward.load_reward("verl")
+
+
+def test_verls_own_scores_where_verl_is_broken(verls_scores, monkeypatch):
+    (verls_scores / "__init__.py").write_text("import nobody_has_this")
+    with pytest.raises(SanitySetError, match="verl.utils.reward_score does not load: ModuleNotFoundError"):
+        reward.load_reward("verl")
+
+
+_REAL = """
+from verl_fp16.sanity_set.questions import Question
+from verl_fp16.sanity_set.reward import load_reward
+found = load_reward("verl")
+for source, right in (("openai/gsm8k", "#### 2"), ("lighteval/MATH", "\\\\boxed{2}"), ("math_dapo", "Answer: 2")):
+    question = Question(0, [], source, "2", {})
+    found.check(question)
+    print(found(question, right) >= 1, found(question, "3") >= 1)
+"""
+
+
+def test_the_installed_verl_scores_what_it_prepares():
+    done = subprocess.run([sys.executable, "-c", _REAL], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["True", "False"] * 3, done.stderr[-2000:]
 
 
 MADE_OF = {"model": "abc", "seed": 0}

@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 def sanity_set(
     model: Annotated[Path, typer.Argument(metavar="MODEL", readable=False, help="A Hugging Face model folder.")],
     data: Annotated[Path, typer.Option("--data", help="verl's Parquet, or JSON lines with the same fields.")],
-    reward: Annotated[str, typer.Option("--reward", help="The reward function, as FILE.py:FUNC.")],
+    reward: Annotated[str, typer.Option("--reward", help="The reward function, as FILE.py:FUNC, or verl: its own.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what is made.")] = Path("sanity-set"),
     answers: Annotated[int, typer.Option("--answers", min=1, max=4096, help="Answers a question.")] = 40,
     low: Annotated[float, typer.Option("--low", help="Least accuracy of a question that stays.")] = 0.2,
@@ -115,15 +115,18 @@ def _make(
         raise SanitySetError("--top-p 0 leaves no token to sample. Set it above 0, as 1")
     model = open_model(model).path
     # The whole file is looked through before anything is loaded: a row that is wrong costs no hour of sampling.
-    total = sum(1 for _ in questions.read(data))
-    total = total if limit is None else min(total, limit)
+    total = 0
+    for question in questions.read(data):
+        if limit is None or total < limit:
+            reward.check(question)
+            total += 1
     file = output / PROGRESS
     if restart:
         file.unlink(missing_ok=True)
     made_of = {
         "model": digest_of_model(model),
         "data": digest(data),
-        "reward": f"{digest(Path(named_reward.rpartition(':')[0]))}:{named_reward.rpartition(':')[2]}",
+        "reward": reward.identity,
         **sampled,
         "tensor_parallel_size": engine["tensor_parallel_size"],  # its sums are of other parts
     }
