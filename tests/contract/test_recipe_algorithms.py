@@ -19,7 +19,6 @@ from recipe_runs import DELETED, TRAINERS, Step, agree, overridden, step_with
 from recipe_workers import one_process_on_cpu
 
 from verl_fp16 import plugin
-from verl_fp16.guard import algorithm as rules
 from verl_fp16.hooks import driver
 from verl_fp16.recipe_files import shipped_recipes
 from verl_fp16.refusal import GuardError
@@ -115,9 +114,6 @@ def test_the_critic_s_loss_is_ppo_s(step, name, trainer):
     assert agree(done.critic, loss, gradient)
 
 
-@pytest.mark.xfail(
-    not hasattr(rules, "group_filtering"), reason="the guard's rule on group filtering is not there", strict=True
-)
 @pytest.mark.parametrize("name", DAPO)
 def test_dapo_is_refused_where_groups_are_not_filtered(name):
     with pytest.raises(GuardError, match="filter_groups"):

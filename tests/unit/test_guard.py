@@ -208,12 +208,14 @@ def test_spellings_of_the_declared_dtype_pass():
     assert check(same) == []
 
 
-def test_bypass_mode_passes_in_both_places_and_the_legacy_trainer_needs_one():
+@pytest.mark.parametrize("trainer", ((), ("trainer.use_v1=false",)))
+def test_bypass_mode_passes_in_both_places_on_either_trainer(trainer):
+    """The legacy trainer sets the loss too late for its workers: tests/contract/test_recipe_algorithms.py."""
     both = (f"{CORRECTION}.bypass_mode=true", f"{LOSS}=bypass_mode")
     correction = "+actor_rollout_ref.actor.policy_loss.rollout_correction={bypass_mode: true, rollout_is: token}"
-    assert check((*both, correction)) == []
-    assert [finding.key for finding in check(both)] == [f"{CORRECTION}.rollout_is"]
-    assert check((f"{CORRECTION}.bypass_mode=true", "trainer.use_v1=false")) == []
+    assert check((*both, correction, *trainer)) == []
+    assert [finding.key for finding in check((*both, *trainer))] == [f"{CORRECTION}.rollout_is"]
+    assert [finding.key for finding in check((both[0], *trainer))] == [both[0].partition("=")[0]]
 
 
 def test_temperature_matters_with_raw_log_probs_only():

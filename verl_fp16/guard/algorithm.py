@@ -17,15 +17,16 @@ CORRECTION = "actor_rollout_ref.actor.policy_loss.rollout_correction"
 def bypass_mode(case: Case) -> Iterator[Finding]:
     """Bypass mode: old log-probs are the rollout's.
 
-    In the v1 trainer ``algorithm.rollout_correction.bypass_mode`` only copies them; the loss is chosen by
-    ``policy_loss.loss_mode`` and takes its settings from ``policy_loss.rollout_correction``. The legacy trainer sets
-    both itself (``rollout_corr_helper.apply_bypass_mode``).
+    ``algorithm.rollout_correction.bypass_mode`` only copies them; the loss is chosen by ``policy_loss.loss_mode`` and
+    takes its settings from ``policy_loss.rollout_correction``. The legacy trainer does set both
+    (``rollout_corr_helper.apply_bypass_mode``), but in the first step and in its own process, when the workers have
+    had their configuration since ``init_workers``.
     """
     bypass, loss = case.get(BYPASS, False), case.get(LOSS, "vanilla") == "bypass_mode"
-    if bypass is True and not loss and _is_v1(case):
+    if bypass is True and not loss:
         why = (
-            "the v1 trainer only copies the rollout's log-probs into the old ones and trains plain PPO: loss_type, "
-            f"rollout_is and rollout_rs do nothing unless the loss is {LOSS}=bypass_mode too"
+            "the trainer only copies the rollout's log-probs into the old ones and its workers train plain PPO: "
+            f"loss_type, rollout_is and rollout_rs do nothing unless the loss is {LOSS}=bypass_mode too"
         )
         fix = (f"{LOSS}=bypass_mode", f"+{CORRECTION}=${{algorithm.rollout_correction}}")
         yield Finding("error", BYPASS, bypass, why, fix, f"or {BYPASS}=false")
@@ -44,12 +45,10 @@ def _is_v1(case: Case) -> bool:
 
 
 def _different_corrections(case: Case) -> Iterator[Finding]:
-    if not _is_v1(case):
-        return
     wanted, used = case.children("algorithm.rollout_correction"), case.children(CORRECTION)
     for name, value in wanted.items():
         if name != "bypass_mode" and used.get(name) != value:
-            why = f"on the v1 trainer the loss reads {CORRECTION}.{name}, which is {used.get(name, 'not set')}"
+            why = f"the loss reads {CORRECTION}.{name}, which is {used.get(name, 'not set')}"
             fix = (case.set_to(CORRECTION, "${algorithm.rollout_correction}"),)
             yield Finding("error", f"algorithm.rollout_correction.{name}", value, why, fix)
 
