@@ -16,8 +16,11 @@ import verl, verl_fp16
 from hydra import compose, initialize_config_module
 with initialize_config_module("verl.trainer.config", version_base=None):
     config = compose("quickstart", overrides=["precision=bf16"])
+    # Its groups are made of further groups.
+    large = compose("moe_pg_seq_tis", overrides=["scale=gpus_8_large"])
 print(verl_fp16.__file__)
 print(config.trainer.device, config.actor_rollout_ref.rollout.dtype)
+print(large.trainer.experiment_name, large.actor_rollout_ref.rollout.tensor_model_parallel_size)
 """
 
 
@@ -36,9 +39,10 @@ def test_the_flag_and_the_recipes_work_from_the_wheel(installed):
     env = {**os.environ, "PYTHONPATH": str(installed)}
     process = subprocess.run([sys.executable, "-c", _COMPOSE], capture_output=True, text=True, env=env, cwd=installed)
     assert process.returncode == 0, process.stderr
-    where, what = process.stdout.splitlines()[-2:]
+    where, what, of_groups = process.stdout.splitlines()[-3:]
     assert Path(where).is_relative_to(installed), "the wheel, not the checkout"
     assert what == "cpu bfloat16"
+    assert of_groups == "math_long-qwen3_30b_a3b-pg_seq_tis-float16-float16 4"
 
 
 def test_no_python_or_yaml_file_is_missing(installed):

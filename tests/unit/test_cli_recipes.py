@@ -24,6 +24,22 @@ def test_list_has_every_shipped_recipe_with_its_first_comment_line():
     assert all(hardware and summary for hardware, summary in rows.values())
     assert rows["quickstart"][0] == "CPU" and rows["quickstart"][1].startswith("GRPO on written sums")
     assert rows["two_nodes"][0] == "2 x 8 GPUs"
+    summaries = [summary for _, summary in rows.values()]
+    assert [summary for summary in summaries if len(summary) < 15] == []
+    twice = {summary for summary in summaries if summaries.count(summary) > 1}
+    assert twice == set(), "a summary that two recipes share says nothing of either"
+
+
+def test_a_group_is_no_recipe():
+    folder = ROOT / "recipes"
+    groups = {path.stem for path in folder.rglob("*.yaml") if path.parent != folder}
+    assert len(groups) > 30
+    for group in groups - {"two_nodes"}:  # a scale, and a recipe of that name
+        with pytest.raises(recipe_files.RecipeError, match=f"unknown recipe '{group}'"):
+            recipe_files.find_recipe(group)
+    for path in ("task/sanity", "recipes/task/sanity"):
+        with pytest.raises(recipe_files.RecipeError, match="no such recipe file"):
+            recipe_files.find_recipe(path)
 
 
 @pytest.mark.parametrize("text", ("a: 1\n# later\n", "", "\n\n"))
