@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_ranks import needs
 
 from verl_fp16.loss_scaling import LossScaler
 from verl_fp16.settings import LossScaleSettings
@@ -38,6 +39,7 @@ def test_skipped_step_changes_nothing_on_cuda(fused):
     assert scaler.scale_value == 32768.0
 
 
+@needs("verl", "transformers")
 @pytest.mark.parametrize("strategy", ("fsdp", "fsdp2"))
 def test_fp16_engine_on_cuda(nccl, tiny_model, monkeypatch, strategy):
     import verl  # noqa: F401
