@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import gpu_page  # noqa: E402
 import recipes_page  # noqa: E402
 
 from verl_fp16.hooks import HOOKS  # noqa: E402
@@ -266,6 +267,7 @@ TABLES = {
         "scaler": scaler_table,
         "hooks": hooks_table,
         "versions": versions_table,
+        "gpu": gpu_page.gpu_table,
     },
     GAP: {"ladder": ladder_table, "throughput": throughput_table},
     PREFLIGHT: {"memory": preflight_memory_table},
