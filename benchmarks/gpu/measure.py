@@ -89,7 +89,7 @@ def wait(device: str) -> None:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles of at least two values."""
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "quartiles": [low, high]}
 
 
