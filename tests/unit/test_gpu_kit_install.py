@@ -61,7 +61,9 @@ def says(python: Path, code: str) -> str:
 
 
 def listing(folder: Path) -> dict[Path, int]:
-    return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if "__pycache__" not in file.parts}
+    """When each file was written; a folder's own time is 0, since Python's bytecode beside a module changes it."""
+    kept = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {path: 0 if path.is_dir() else path.stat().st_mtime_ns for path in kept}
 
 
 def test_into_a_venv_beside_the_torch_of_another_venv(kit, machine):
