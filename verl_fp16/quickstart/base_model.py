@@ -48,6 +48,7 @@ class BaseRecipe:
         extra_steps: Steps of the second kind added, at the final learning rate, while the accuracy is outside.
         max_extra_steps: Bound on the steps added in all.
         experts: Experts of each layer, of which a token takes two; 0 for a dense model.
+        head_dim: Of an attention head, a divisor of 256: 64 where a GPU's attention kernels take no smaller one.
     """
 
     sum_steps: int = 300
@@ -60,6 +61,7 @@ class BaseRecipe:
     extra_steps: int = 40
     max_extra_steps: int = 240
     experts: int = 0
+    head_dim: int = 32
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class BaseAccuracyError(RuntimeError):
     """The trained base model is outside of the accuracy window, so a GRPO run from it would show nothing."""
 
 
-def base_config(tokenizer: PreTrainedTokenizerBase, experts: int = 0) -> Qwen3Config | Qwen3MoeConfig:
+def base_config(
+    tokenizer: PreTrainedTokenizerBase, experts: int = 0, head_dim: int = 32
+) -> Qwen3Config | Qwen3MoeConfig:
     """The architecture: Qwen3 with 2 layers and 1.3 M parameters, untied embeddings, FP32 weights.
 
     With ``experts`` each layer has so many of half its width, of which a token takes two.
@@ -99,9 +103,9 @@ def base_config(tokenizer: PreTrainedTokenizerBase, experts: int = 0) -> Qwen3Co
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
+        num_attention_heads=256 // head_dim,
+        num_key_value_heads=128 // head_dim,
+        head_dim=head_dim,
         # No weight depends on it; `make compare` has answers go on for longer than they would.
         max_position_embeddings=4096,
         # Sequences are about ten tokens long: with the usual base of 10,000 most rotary frequencies cannot tell their
@@ -231,7 +235,7 @@ def train_base_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             architecture = Qwen3MoeForCausalLM if recipe.experts else Qwen3ForCausalLM
-            model = architecture(base_config(tokenizer, recipe.experts))
+            model = architecture(base_config(tokenizer, recipe.experts, recipe.head_dim))
         trainer = _Trainer(model, tokenizer, split.train, seed)
         step, goal = 0, planned
         while True:
