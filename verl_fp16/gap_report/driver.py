@@ -16,7 +16,7 @@ from typing import Any
 from verl_fp16.gap_report import folder, prompts
 from verl_fp16.gap_report.errors import GapError
 from verl_fp16.gap_report.folder import WorkFolder
-from verl_fp16.gap_report.sides import Measurement
+from verl_fp16.gap_report.sides import Measurement, Rollout
 from verl_fp16.leftovers import shared_memory_given_back
 from verl_fp16.whole_files import write_whole
 
@@ -24,6 +24,7 @@ Progress = Callable[[str, int, int], None]
 """Is told what is under way, how many sequences of it are done, and of how many."""
 
 FOUND = "found.json"
+SPEED = "speed.json"
 LOG = "stages.log"
 _PATIENCE_S = 10.0
 
@@ -39,6 +40,8 @@ class Settings:
         seed: of all of it.
         rollout: further arguments of :class:`verl_fp16.sampling.Sampler`.
         training: further arguments of :class:`verl_fp16.gap_report.training_side.TrainingSide`.
+        timed: whether sampling and the training side are timed, see :func:`speed`; sampling begins with an answer that
+            is thrown away, which changes no token.
     """
 
     samples: int
@@ -47,6 +50,7 @@ class Settings:
     seed: int
     rollout: dict[str, Any]
     training: dict[str, Any]
+    timed: bool = False
 
 
 def run(model: Path, work: WorkFolder, measurements: Sequence[Measurement], settings: Settings, tell: Progress) -> None:
@@ -55,17 +59,8 @@ def run(model: Path, work: WorkFolder, measurements: Sequence[Measurement], sett
     Raises:
         GapError: a stage failed, or a file in ``work`` is damaged; what was done so far is kept.
     """
-    number, longest = prompts.count_and_longest(work.prompts)
-    total = number * settings.samples
-    # For the model's own length vLLM may have no room.
-    engine = {**settings.rollout, "max_model_len": longest + settings.max_tokens}
-    common = {"model": str(model), "work": str(work.path), "total": total}
-    for rollout in dict.fromkeys(measurement.tokens for measurement in measurements):
-        target = work.tokens(rollout.slug)
-        if sum(1 for _ in folder.samples(target)) < total:
-            spec = {**common, "stage": "sample", "side": asdict(rollout), "slug": rollout.slug, "seed": settings.seed}
-            spec |= {"samples": settings.samples, "max_tokens": settings.max_tokens, "lengths": settings.lengths}
-            _stage(work, target, {**spec, "engine": engine}, f"sampling, {rollout.slug}", tell)
+    sample(model, work, [measurement.tokens for measurement in measurements], settings, tell)
+    common, engine = _common(model, work, settings)
     for measurement in measurements:
         names = [part.name for part in folder.parts(work.tokens(measurement.tokens.slug))]
         spec = {**common, "tokens": measurement.tokens.slug}
@@ -78,8 +73,38 @@ def run(model: Path, work: WorkFolder, measurements: Sequence[Measurement], sett
             if side == "rollout":  # vLLM samples one token beside
                 asked["engine"] = {**engine, "max_model_len": _longest(work, measurement) + 1}
             else:
-                asked["settings"] = settings.training
+                asked |= {"settings": settings.training, "timed": settings.timed}
             _stage(work, target, asked, f"scoring, {side} {what.slug}", tell)
+
+
+def sample(model: Path, work: WorkFolder, rollouts: Sequence[Rollout], settings: Settings, tell: Progress) -> None:
+    """Make every answer of ``rollouts`` that is not there yet.
+
+    Raises:
+        GapError: as :func:`run`.
+    """
+    common, engine = _common(model, work, settings)
+    for rollout in dict.fromkeys(rollouts):
+        target = work.tokens(rollout.slug)
+        if sum(1 for _ in folder.samples(target)) < common["total"]:
+            spec = {**common, "stage": "sample", "side": asdict(rollout), "slug": rollout.slug, "seed": settings.seed}
+            spec |= {"samples": settings.samples, "max_tokens": settings.max_tokens, "lengths": settings.lengths}
+            spec |= {"timed": settings.timed, "engine": engine}
+            _stage(work, target, spec, f"sampling, {rollout.slug}", tell)
+
+
+def speed(target: Path) -> dict[str, float] | None:
+    """``tokens`` and ``seconds`` of the part of a stage that was timed, from its folder; None where none was."""
+    file = target / SPEED
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _common(model: Path, work: WorkFolder, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What every stage is told, and the settings of every rollout."""
+    number, longest = prompts.count_and_longest(work.prompts)
+    # For the model's own length vLLM may have no room.
+    engine = {**settings.rollout, "max_model_len": longest + settings.max_tokens}
+    return {"model": str(model), "work": str(work.path), "total": number * settings.samples}, engine
 
 
 def _longest(work: WorkFolder, measurement: Measurement) -> int:
@@ -116,6 +141,8 @@ def _stage(work: WorkFolder, target: Path, spec: dict[str, Any], name: str, tell
             for said in _lines(read):
                 if "found" in said:
                     write_whole(target / FOUND, json.dumps(said["found"]).encode())
+                if "speed" in said:
+                    write_whole(target / SPEED, json.dumps(said["speed"]).encode())
                 if "done" in said:
                     tell(name, said["done"], said["of"])
                 failed = said.get("failed", failed)

@@ -25,6 +25,8 @@ FAILED = 2
 _SEQUENCES_OF_A_PART = 256
 _TOKENS_OF_A_PART = 2**18
 _SECONDS_OF_A_PART = 60.0
+# Of the request that is not timed. It is too short for vLLM's cache of prefixes, which would change other answers.
+_WARM_PROMPT, _WARM_TOKENS = [5], 8
 
 
 def main() -> int:
@@ -63,8 +65,13 @@ def sample(
     lengths: list[int] | None,
     seed: int,
     engine: dict[str, Any],
+    timed: bool = False,
 ) -> None:
-    """Answers of every prompt, with the log-probabilities that they were sampled with."""
+    """Answers of every prompt, with the log-probabilities that they were sampled with.
+
+    Args:
+        timed: whether to tell its speed, first requests left out.
+    """
     from verl_fp16.sampling import Sampler
 
     target = Path(work) / "tokens" / slug
@@ -82,8 +89,25 @@ def sample(
     )
     tell(found=sorted(sampler.weight_dtypes()), done=len(done), of=total)
     rows = _requests(Path(work) / folder.PROMPTS, sampler, samples, done, lengths, seed)
+    if timed:
+        # The first requests of an engine compile and allocate.
+        for _ in sampler.sample([Request(-1, _WARM_PROMPT, seed, min(_WARM_TOKENS, max_tokens))]):
+            pass
+    began = time.monotonic()
     for number, _ in enumerate(keep_samples(sampler, rows, target), len(done) + 1):
         tell(done=number, of=total)
+    if timed:
+        tell(speed={"tokens": _tokens(target, done), "seconds": time.monotonic() - began})
+
+
+def _tokens(target: Path, before: set[int]) -> int:
+    """Of the answers that were not there before."""
+    return sum(
+        len(answer)
+        for file in folder.parts(target)
+        for number, answer in zip(*(folder.read_part(file)[name] for name in ("sample", "answer")), strict=True)
+        if number not in before
+    )
 
 
 def keep_samples(sampler: Any, rows: Iterable[Request], target: Path) -> Iterator[None]:
@@ -179,21 +203,49 @@ def score_training(
     tokens: str,
     total: int,
     settings: dict[str, Any],
+    timed: bool = False,
 ) -> None:
-    """What verl's FSDP engine says of sampled tokens: the pass that computes old log-probabilities."""
+    """What verl's FSDP engine says of sampled tokens: the pass that computes old log-probabilities.
+
+    Args:
+        timed: whether to tell its speed, the first forward left out.
+    """
     from verl_fp16.gap_report.training_side import TrainingSide
 
     work_folder = Path(work)
     target = work_folder / "training" / f"{slug}@{tokens}"
+    clock = _Clock()
     with TrainingSide(Path(model), DTYPES[side["precision"]], side["fp32_head"], side["temperature"], **settings) as it:
         for part, name, done in _missing(tell, work_folder / "tokens" / tokens, target, total):
             rows = list(zip(part["prompt"], part["answer"], strict=True))
             found = []
+            clock.start()
             for batch in it.log_probs(rows):
+                clock.stop(sum(len(prompt) + len(answer) for prompt, answer in rows[len(found) :][: len(batch)]))
                 found += batch
                 tell(done=done + len(found), of=total)
+                clock.start()
             folder.write_part(target / name, {"sample": part["sample"], "log_prob": found}, folder.scores_schema())
             tell(found=it.found())
+    if timed and clock.seconds:
+        tell(speed={"tokens": clock.tokens, "seconds": clock.seconds})
+
+
+class _Clock:
+    """Tokens and seconds of forwards, the first one left out: it is when memory is taken and kernels are chosen."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+        self._first = True
+
+    def start(self) -> None:
+        self._began = time.monotonic()
+
+    def stop(self, tokens: int) -> None:
+        if not self._first:
+            self.tokens += tokens
+            self.seconds += time.monotonic() - self._began
+        self._first = False
 
 
 STAGES = {"sample": sample, "score_rollout": score_rollout, "score_training": score_training}
