@@ -18,10 +18,11 @@ from verl_fp16.cli import (
     report,
     run,
     sanity_set,
+    selftest,
     tokens,
 )
 
-COMMANDS = (run, recipes, config, doctor, preflight, data, mismatch, sanity_set, tokens, report, patch_source)
+COMMANDS = (run, recipes, config, doctor, selftest, preflight, data, mismatch, sanity_set, tokens, report, patch_source)
 """In the order in which ``--help`` shows them."""
 
 app = typer.Typer(

@@ -1,0 +1,44 @@
+"""Which stages a self-test runs, and how long they may take. Plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+DOCTOR, MODEL, ENGINE, RUN, GAP, THROUGHPUT = "doctor", "model", "engine", "run", "gap", "throughput"
+CHOOSABLE = (DOCTOR, ENGINE, RUN, GAP, THROUGHPUT)
+"""Those that --only takes; the model is made where a stage needs it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: its name.
+        seconds: what it takes with the small model, by device (gpu or cpu); for the time left.
+        timeout_s: after which it is ended; a user's model gets three times as much.
+    """
+
+    name: str
+    seconds: dict[str, float]
+    timeout_s: float
+
+
+_STAGES = {
+    DOCTOR: Stage(DOCTOR, {"cpu": 40, "gpu": 45}, 400),
+    MODEL: Stage(MODEL, {"cpu": 25, "gpu": 25}, 240),
+    ENGINE: Stage(ENGINE, {"cpu": 60, "gpu": 80}, 600),
+    RUN: Stage(RUN, {"cpu": 110, "gpu": 170}, 900),
+    GAP: Stage(GAP, {"cpu": 150, "gpu": 200}, 900),
+}
+
+
+def stages(only: Collection[str]) -> list[Stage]:
+    """Those that have a process, in order. ``only``: those that were asked for; all where it is empty."""
+    wanted = set(only) or set(CHOOSABLE)
+    if THROUGHPUT in wanted:  # it is judged by what the gap's stage timed
+        wanted.add(GAP)
+    if wanted - {DOCTOR, THROUGHPUT}:
+        wanted.add(MODEL)
+    return [stage for name, stage in _STAGES.items() if name in wanted]

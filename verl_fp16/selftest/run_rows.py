@@ -1,0 +1,122 @@
+"""What the facts of a short run of verl come to. Plain Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from verl_fp16.log_entries import SKIPPED
+from verl_fp16.loss_scale_settings import FORWARD, GRADIENT, NORM
+from verl_fp16.selftest.rows import FAIL, SKIP, Facts, Row, verdict
+
+FLOAT16 = "float16"
+GAP, K3, AUDIT = "mismatch/log_prob_abs_diff_mean", "mismatch/k3", "sync/audit_ok"
+_OF_TRAINING = {"autocast": FLOAT16, "fsdp_param": [FLOAT16]}
+
+
+def run_rows(facts: Facts, steps: int) -> list[Row]:
+    """The rows of a run that should have made ``steps`` steps; see :mod:`verl_fp16.selftest.run_stage`."""
+    finished, logged = _finished(facts, steps), facts["steps"]
+    rows = [finished, _dtypes(facts)]
+    if not logged:
+        return [*rows, *(Row(f"run: {name}", SKIP, "no step was logged") for name in ("weight sync", "gap", "skips"))]
+    return [*rows, _audit(logged), _gap(logged), _skips(logged, facts["skips"])]
+
+
+def _finished(facts: Facts, steps: int) -> Row:
+    if facts["cause"]:
+        return Row("run: finished", FAIL, " | ".join(line.strip() for line in facts["cause"].splitlines()))
+    found = sorted(map(int, facts["steps"]))
+    good = found == list(range(1, steps + 1))
+    text = f"{steps} steps of GRPO with verl's trainer and the vLLM rollout"
+    listed = ", ".join(map(str, found)) or "none"
+    return verdict("run: finished", good, text, f"it ended without an error, and of {steps} steps it logged {listed}")
+
+
+def _dtypes(facts: Facts) -> Row:
+    name, read_back = "run: dtypes", facts["read_back"]
+    if read_back is None:
+        return Row(
+            name, FAIL, "no process was asked what it computes in: the run ended before, or the flag had no effect"
+        )
+    wrong = [*read_back["differences"], *_not_float16(read_back["processes"])]
+    counted = {role: 0 for role in ("actor", "rollout")}
+    for _, role, _ in _roles(read_back["processes"]):
+        counted[role] = counted.get(role, 0) + 1
+    if counted["actor"] != facts["gpus"]:
+        wrong.append(f"{counted['actor']} of {facts['gpus']} actor ranks reported")
+    if not counted["rollout"]:
+        wrong.append("no rollout worker reported")
+    told = ", ".join(f"{number} {role}" for role, number in counted.items())
+    return verdict(name, not wrong, f"float16 in every process, read back: {told}", "; ".join(dict.fromkeys(wrong)))
+
+
+def _roles(processes: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(process in words, role, its fields)."""
+    for process in processes:
+        for role, fields in ((process["report"] or {}).get("roles") or {}).items():
+            yield process["who"], role, fields
+
+
+def _not_float16(processes: Any) -> Iterator[str]:
+    for who, role, fields in _roles(processes):
+        if role == "rollout":
+            if fields["model_dtype"] != FLOAT16:
+                yield f"{role} ({who}): vLLM's dtype is {fields['model_dtype']}"
+            # Some small parameters are float32 on purpose.
+            if FLOAT16 not in fields["parameters"] or not set(fields["parameters"]) <= {FLOAT16, "float32"}:
+                yield f"{role} ({who}): vLLM's parameters are {'/'.join(fields['parameters'])}"
+            continue
+        for field, wanted in _OF_TRAINING.items():
+            if fields[field] != wanted:
+                found = fields[field]
+                yield f"{role} ({who}): {field} is {'/'.join(found) if isinstance(found, list) else found}"
+
+
+def _audit(steps: Mapping[str, Mapping[str, float]]) -> Row:
+    found = {step: data[AUDIT] for step, data in steps.items() if AUDIT in data}
+    failed = [step for step, value in found.items() if value != 1]
+    good = bool(found) and not failed
+    why = f"the audit failed in step {', '.join(failed)}" if failed else f"no step logged {AUDIT}: no sync was audited"
+    text = "what the actor sent arrived to the bit, and both give the same log-probabilities"
+    return verdict("run: weight sync", good, text, why)
+
+
+def _gap(steps: Mapping[str, Mapping[str, float]]) -> Row:
+    wrong = []
+    for step, data in steps.items():
+        for side in ("train", "rollout"):
+            if data.get(f"mismatch/{side}_dtype/{FLOAT16}") != 1:
+                others = [key.rpartition("/")[2] for key in data if key.startswith(f"mismatch/{side}_dtype/")]
+                others = [other for other in others if other != FLOAT16]
+                wrong.append(f"step {step}: {side} is in {', '.join(others) or 'no dtype that was logged'}")
+        for name in (GAP, K3):
+            if not math.isfinite(data.get(name, math.nan)):
+                wrong.append(f"step {step}: {name} is {'not finite' if name in data else 'missing'}")
+    if wrong:
+        return Row("run: gap", FAIL, "; ".join(wrong))
+    mean = sum(data[GAP] for data in steps.values()) / len(steps)
+    return verdict("run: gap", True, f"mean |d log p| {mean:.2e} nats, rollout and training in float16", "")
+
+
+def _skips(steps: Mapping[str, Mapping[str, float]], records: list[Mapping[str, Any]]) -> Row:
+    name = "run: skips"
+    if any(SKIPPED not in data for data in steps.values()):
+        return Row(name, FAIL, f"{SKIPPED} was not logged: no loss scaler decided the updates")
+    skipped = int(sum(data[SKIPPED] for data in steps.values()))
+    cured = [record for record in records if record["kind"] == GRADIENT and record["gradients"]]
+    wrong = [f"update {one['update']}: {_cause(one)}" for one in records if one not in cured]
+    if skipped != len(records):
+        wrong.insert(0, f"{skipped} updates were skipped, and {len(records)} recorded with a cause")
+    told = ", ".join(dict.fromkeys(f"{one['gradients'][0]['parameter']} under {one['scale']:g}" for one in cured))
+    good = f"{skipped} skipped while the loss scale was found, gradients overflowed: {told}" if cured else "none"
+    return verdict(name, not wrong, good, "; ".join(wrong))
+
+
+def _cause(record: Mapping[str, Any]) -> str:
+    causes = {
+        FORWARD: "the loss or an output of the forward pass was not finite, which no loss scale cures",
+        NORM: "the gradients are finite, their norm is not",
+    }
+    return causes.get(record["kind"], "no gradient was found that overflowed")
