@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from verl_fp16.selftest import engine_rows, first_rows, gap_rows, run_rows
-from verl_fp16.selftest.plan import DOCTOR, ENGINE, GAP, MODEL, RUN, THROUGHPUT, Stage, stages
+from verl_fp16.selftest import engine_rows, first_rows, gap_rows, plan, run_rows
+from verl_fp16.selftest.plan import DOCTOR, ENGINE, GAP, MODEL, RUN, THROUGHPUT, Stage
 from verl_fp16.selftest.rows import FAIL, SKIP, Facts, Row
 from verl_fp16.supervise import RunResult, run_supervised
 
-STEPS = 3
+STAGE = "verl_fp16.selftest.stage"
+"""The module that a stage's process runs."""
 _THEIRS = 3
 """A user's model may take so many times as long as the small one."""
 # A stage ends what it started when it is interrupted itself, which takes a while.
@@ -65,7 +66,7 @@ def run(asked: Asked, tell: Tell) -> tuple[list[Row], dict[str, Facts]]:
         OSError: the output folder cannot be written.
         KeyboardInterrupt: everything that was started has been ended.
     """
-    planned, rows, facts = stages(asked.only), [], {}
+    planned, rows, facts = plan.stages(asked.only), [], {}
     expected = took = 0.0
     asked.output.mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(planned, 1):
@@ -132,7 +133,7 @@ def run_stage(
     spec_file.write_text(json.dumps(spec))
     try:
         result = run_supervised(
-            [sys.executable, "-m", "verl_fp16.selftest.stage", stage.name, str(spec_file), str(facts_file)],
+            [sys.executable, "-m", STAGE, stage.name, str(spec_file), str(facts_file)],
             log_path=folder / log_of(stage.name),
             env={**os.environ, **asked.environment},
             timeout_s=_timeout(stage, asked),
@@ -164,7 +165,7 @@ def _judged(stage: Stage, facts: Facts | None, result: RunResult) -> list[Row]:
         DOCTOR: first_rows.doctor_rows,
         MODEL: first_rows.model_rows,
         ENGINE: engine_rows.engine_rows,
-        RUN: lambda found: run_rows.run_rows(found, STEPS),
+        RUN: lambda found: run_rows.run_rows(found, plan.STEPS),
         GAP: gap_rows.gap_rows,
     }
     inner = {RUN: "run-verl.log", GAP: "gap/stages.log"}.get(stage.name, log)

@@ -47,15 +47,11 @@ def _gap(name: str, word: str, measured: Mapping[str, Facts]) -> Row:
     tokens = min(measured["bf16"]["tokens"], measured["fp16"]["tokens"])
     both = f"FP16 {_interval(fp16)}, BF16 {_interval(bf16)}, {tokens:,} tokens"
     title = f"gap: {word}"
-    if _number(fp16["high"]) < _number(bf16["low"], 0.0):
+    if fp16["high"] < bf16["low"]:
         return Row(title, PASS, f"{both}: {bf16['value'] / fp16['value']:.1f} times smaller" if fp16["value"] else both)
     if tokens < ENOUGH_TOKENS:
         return Row(title, SKIP, f"too few tokens to tell: {both}. Give more prompts with --prompts")
     return Row(title, FAIL, f"FP16's interval does not lie below BF16's: {both}")
-
-
-def _number(value: float | None, missing: float = float("inf")) -> float:
-    return missing if value is None or value != value else value
 
 
 def _interval(found: Mapping[str, Any]) -> str:

@@ -9,6 +9,9 @@ DOCTOR, MODEL, ENGINE, RUN, GAP, THROUGHPUT = "doctor", "model", "engine", "run"
 CHOOSABLE = (DOCTOR, ENGINE, RUN, GAP, THROUGHPUT)
 """Those that --only takes; the model is made where a stage needs it."""
 
+STEPS = 3
+"""Of the short run."""
+
 
 @dataclass(frozen=True)
 class Stage:

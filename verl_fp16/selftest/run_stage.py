@@ -16,10 +16,10 @@ from verl_fp16.leftovers import ray_temp_dir
 from verl_fp16.quickstart.report import read_metrics
 from verl_fp16.readback.table import FILE as READ_BACK
 from verl_fp16.recipe_files import Recipe
+from verl_fp16.selftest.plan import STEPS
 from verl_fp16.skip_records import file_of
 from verl_fp16.supervise import run_supervised
 
-STEPS = 3
 _PROMPTS, _ANSWERS = 16, 8
 _ANSWER_TOKENS = {"small": 8, "theirs": 32}
 _STALL_S = 240.0
