@@ -137,6 +137,7 @@ def test_the_users_model_and_prompts_reach_the_stages(command, tmp_path):
         (("--only", "engine,motor"), "--only motor: there is no such stage. Name some of doctor, engine, run, gap"),
         (("--only", ""), "--only '': there is no such stage"),
         (("--output", "file"), "--output file: this is a file"),
+        (("--output", "a${b"), "--output 'a${b': it has a character that Hydra cannot take"),
         (("--record", "no/such.json"), "--record no/such.json: there is no folder"),
     ),
 )

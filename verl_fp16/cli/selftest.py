@@ -61,6 +61,9 @@ def selftest(
     stages = _stages(only)
     for path, option in ((model, "--model"), (prompts, "--prompts")):
         _require(path, option)
+    for path, option in ((model, "--model"), (output, "--output")):
+        if path is not None and any(part in str(path.absolute()) for part in ("\\", "${", "\n")):
+            raise fail(f"{option} {str(path)!r}: it has a character that Hydra cannot take. Name another")
     if record is not None and not record.absolute().parent.is_dir():
         raise fail(f"--record {record}: there is no folder {record.absolute().parent}. Make it, or name another")
     from verl_fp16.selftest import driver, machine

@@ -47,6 +47,8 @@ def begin_group(spec: dict[str, Any], rank: int) -> None:
         rank=rank,
         world_size=spec["ranks"],
     )
+    # torch's own writes the rank before each line, where the line that says why is not found any more.
+    sys.excepthook = sys.__excepthook__
 
 
 def first(spec: dict[str, Any]) -> dict[str, Any]:
