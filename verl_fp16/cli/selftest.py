@@ -154,6 +154,7 @@ def _asked(
 def _progress() -> Iterator[Tell]:
     """The stage, what is under way in it and the time left: a spinner on a terminal, elsewhere a line now and then."""
     if not is_terminal(sys.stderr):
+        typer.echo("verl-fp16: looking for GPUs", err=True)
         yield _lines()
         return
     from rich.console import Console

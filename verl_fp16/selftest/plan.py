@@ -29,7 +29,7 @@ class Stage:
 
 
 _STAGES = {
-    DOCTOR: Stage(DOCTOR, {"cpu": 40, "gpu": 45}, 400),
+    DOCTOR: Stage(DOCTOR, {"cpu": 40, "gpu": 45}, 600),
     MODEL: Stage(MODEL, {"cpu": 25, "gpu": 25}, 240),
     ENGINE: Stage(ENGINE, {"cpu": 60, "gpu": 80}, 600),
     RUN: Stage(RUN, {"cpu": 110, "gpu": 170}, 900),

@@ -114,7 +114,8 @@ def overrides(spec: dict[str, Any], folder: Path, ray_dir: str) -> list[str]:
             f"actor_rollout_ref.rollout.max_num_batched_tokens={max(1024, 2 * (prompt + answer))}",
         ]
     if gpu:
-        chosen += ["actor_rollout_ref.actor.strategy=fsdp2", "actor_rollout_ref.ref.strategy=fsdp2"]
+        roles = ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")
+        chosen += [f"{role}.strategy=fsdp2" for role in roles]
     if gpu and not has_flash_attention():
         chosen += [
             "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
