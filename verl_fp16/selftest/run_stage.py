@@ -30,7 +30,7 @@ _KEPT = ("mismatch/", "sync/", "actor/skipped", "actor/loss_scale", "actor/grad_
 
 def run(spec: dict[str, Any], tell: Callable[[str], object]) -> dict[str, Any]:
     """Facts: ``cause`` (why it failed, or None), ``steps`` (the metrics of each logged one), ``read_back`` and
-    ``skips`` (records of skipped updates), ``note``.
+    ``skips`` (records of skipped updates); ``gpus``.
 
     Args:
         spec: ``output``, ``device``, ``gpus``, ``model`` (the user's, or None), ``longest`` (tokens of a prompt),
@@ -89,7 +89,7 @@ def overrides(spec: dict[str, Any], folder: Path, ray_dir: str) -> list[str]:
     }
     chosen = [
         "+precision=fp16",
-        *((("+scale=gpus_1",)) if gpu else ("+hardware=cpu",)),
+        "+scale=gpus_1" if gpu else "+hardware=cpu",
         "+task=sums",
         "+algo=grpo",
         *(f"{key}={quoted(value)}" for key, value in places.items()),
