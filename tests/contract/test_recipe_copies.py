@@ -56,6 +56,24 @@ def test_a_copy_takes_an_edit_and_another_precision(name, tmp_path):
     assert found.values["actor_rollout_ref"]["actor"]["fsdp_config"]["mixed_precision"]["param_dtype"] == "bfloat16"
 
 
+HINTS = "# What is changed most often"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gsm8k")])
+def test_what_a_copy_suggests_can_be_uncommented(name, tmp_path):
+    file = tmp_path / "mine.yaml"
+    before, marker, hints = copied(name, file).partition(HINTS)
+    assert marker, "it suggests nothing"
+    lines = [re.sub(r"^(\s*)# (\s*[\w.]+:)", r"\1\2", line) for line in hints.splitlines()]
+    file.write_text(before + marker + "\n".join(lines) + "\n")
+    found = composed(file)
+    assert found.findings == ()
+    assert found.values["actor_rollout_ref"]["model"]["path"] == "/your/model"
+    assert found.values["data"]["train_files"] == "/your/data/train.parquet"
+    assert found.values["trainer"]["logger"] == ["console", "file", "wandb"]
+    assert "-my_model-" in found.values["trainer"]["default_local_dir"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_without_the_flag_is_verl_as_it_is(name, tmp_path):
     file = tmp_path / "mine.yaml"

@@ -111,9 +111,11 @@ def composed(tmp_path_factory, tiny_model) -> Compositions:
 
 
 def refused(release: str, recipe: str, *, legacy: bool = False) -> list[str]:
-    """What the guard has to say: no trainer of 0.8.0 filters groups, and no legacy trainer does."""
+    """What the guard has to say: no trainer of 0.8.0 filters groups or sees a chat template; no legacy one filters."""
     if recipe in DAPO and (legacy or release == "0.8.0"):
         return ["error: algorithm.filter_groups.enable"]
+    if recipe == "octothinker_grpo" and release == "0.8.0":
+        return ["error: actor_rollout_ref.model.custom_chat_template"]
     return []
 
 

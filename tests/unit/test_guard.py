@@ -42,11 +42,14 @@ def configuration(train="float16", rollout="float16", settings=None):
         "actor_rollout_ref": {
             "actor": {"_target_": "A", "strategy": "fsdp", "fsdp_config": engine("actor"), "optim": {}},
             "ref": {"strategy": "fsdp", "fsdp_config": engine("ref")},
-            "rollout": {"name": "vllm", "dtype": rollout, "calculate_log_probs": True, "engine_kwargs": {"vllm": {}}},
+            "rollout": {
+                **{"name": "vllm", "dtype": rollout, "calculate_log_probs": True, "engine_kwargs": {"vllm": {}}},
+                **{"n": 8, "prompt_length": 512, "response_length": 1024, "max_model_len": 1536},
+            },
             "model": {"path": "nobody/knows"},
         },
         "critic": {"strategy": "fsdp", "fsdp": engine("critic")},
-        "algorithm": {"rollout_correction": {"bypass_mode": False, "rollout_is": "token"}},
+        "algorithm": {"adv_estimator": "grpo", "rollout_correction": {"bypass_mode": False, "rollout_is": "token"}},
         "trainer": {"use_v1": True},
     }
     return config, settings
@@ -157,6 +160,8 @@ CONTRADICTIONS = (
         "other shapes",
     ),
     (f"{ROLLOUT}.log_prob_use_dynamic_bsz=true", "error", f"{ROLLOUT}.log_prob_use_dynamic_bsz", "equal"),
+    (f"{ROLLOUT}.max_model_len=1535", "warning", f"{ROLLOUT}.max_model_len", "answers are cut"),
+    (f"{ROLLOUT}.n=1", "warning", f"{ROLLOUT}.n", "bare reward"),
 )
 
 
@@ -182,7 +187,7 @@ def test_every_rule_is_among_these_or_has_a_test_of_its_own():
     """A rule that nothing here sets off could be lost unseen."""
     own = {"idle_scaler", "float16_fits", "temperature_of_raw_log_probs", "teachers", "merged_lora"}
     own |= {"entry_point", "trainers", "quantized_model", "static_scale", "planted_faults", "idle_critic_scale"}
-    own |= {"large_weights", "group_filtering"}
+    own |= {"large_weights", "group_filtering", "unseen_chat_template", "overlong_buffer"}
     config, settings = configuration()
     cases = [guard.Case(apply(config, (row[0],)), settings, "0.9.1") for row in CONTRADICTIONS]
     assert {rule.__name__ for rule in guard.RULES if not any(list(rule(case)) for case in cases)} == own
@@ -433,3 +438,21 @@ def test_a_bound_on_generated_batches_that_nobody_reads_is_warned_of():
     (finding,) = check(asked)
     assert (finding.severity, finding.key) == ("warning", f"{FILTER}.max_num_gen_batches")
     assert check((*asked, *finding.fix)) == []
+
+
+def test_a_chat_template_that_0_8_does_not_see_is_refused_there_alone():
+    template = ("actor_rollout_ref.model.custom_chat_template=mine",)
+    assert check(template, verl="0.9.0") == []
+    (finding,) = check(template, verl="0.8.0")
+    assert (finding.severity, finding.key) == ("error", "actor_rollout_ref.model.custom_chat_template")
+    assert check((*template, *finding.fix), verl="0.8.0") == []
+
+
+def test_a_buffer_longer_than_an_answer_is_refused_before_its_workers_stop():
+    reward = "++reward.reward_kwargs={max_resp_len: 1024, overlong_buffer_cfg: {enable: true, len: %d}}"
+    dapo = "reward.reward_manager.name=dapo"
+    assert check((reward % 1024, dapo)) == []
+    assert check((reward % 1025,)) == [], "another reward manager does not read it"
+    (finding,) = check((reward % 1025, dapo))
+    assert (finding.severity, finding.key) == ("error", "reward.reward_kwargs.overlong_buffer_cfg.len")
+    assert check((reward % 1025, dapo, *finding.fix)) == []

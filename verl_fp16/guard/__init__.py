@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from verl_fp16.findings import Finding
-from verl_fp16.guard import algorithm, coverage, engines, model, optimizer, roles, rollout, weight_sync
+from verl_fp16.guard import algorithm, coverage, engines, model, optimizer, roles, rollout, silent, weight_sync
 from verl_fp16.guard.case import Case, Rule
 from verl_fp16.settings import Settings
 
@@ -22,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     *weight_sync.RULES,
     *model.RULES,
     *algorithm.RULES,
+    *silent.RULES,
     *coverage.RULES,
 )
 
