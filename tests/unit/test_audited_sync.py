@@ -107,11 +107,12 @@ def logged() -> dict[str, float]:
 
 def test_the_first_sync_is_audited_and_teaches_what_may_go_in_float16(run):
     found = sync(run)
-    assert found == {"sync/audit_ok": 1.0, "sync/audit_seconds": found["sync/audit_seconds"]}
+    seconds = found["sync/audit_seconds"]
+    assert found == {"sync/audit_ok": 1.0, "sync/audit_seconds": seconds, "sync/probe_abs_diff": 0.0}
     (line,) = run.told
     assert "2 tensors, 0.0 MB, arrived and are held as sent by 1 workers; the probe of 2 tokens agrees" in line
     assert line.endswith("From now on they go in float16, but for gate (held in float32)")
-    assert logged().keys() == {"sync/audit_ok", "sync/audit_seconds"}
+    assert logged().keys() == {"sync/audit_ok", "sync/audit_seconds", "sync/probe_abs_diff"}
     run.sync.before()
     assert {name: tensor.dtype for name, tensor in run.rank.stream()} == {"gate": torch.float32, "norm": torch.float16}
 
@@ -197,7 +198,7 @@ def test_a_stale_kernel_is_told_by_the_probe(run):
 def test_bfloat16_on_either_side_has_ten_times_the_tolerance(run):
     run.rollout.probe = lambda tokens: [-1.3, -2.3]
     run.rank.engine.engine_config.mixed_precision["verl_fp16"]["dtype"] = "bfloat16"
-    sync(run)
+    assert sync(run)["sync/probe_abs_diff"] == pytest.approx(0.3)
 
 
 def test_a_model_that_cannot_be_probed_is_told_of_and_goes_on(run, monkeypatch):
@@ -205,7 +206,8 @@ def test_a_model_that_cannot_be_probed_is_told_of_and_goes_on(run, monkeypatch):
         raise WeightSyncError("the model wants an image")
 
     monkeypatch.setattr(audited_sync, "_probe", fail)
-    assert sync(run)["sync/audit_ok"] == 1.0
+    found = sync(run)
+    assert found["sync/audit_ok"] == 1.0 and "sync/probe_abs_diff" not in found
     assert any("goes without its probe" in line and "wants an image" in line for line in run.told)
 
 
@@ -237,7 +239,8 @@ def test_a_rollout_that_cannot_be_probed_is_told_of_and_goes_on(run, said):
         return said
 
     run.rollout.probe = probe
-    assert sync(run)["sync/audit_ok"] == 1.0
+    found = sync(run)
+    assert found["sync/audit_ok"] == 1.0 and "sync/probe_abs_diff" not in found
     assert any("goes without its probe" in line for line in run.told)
     assert not any("agrees" in line for line in run.told)
 

@@ -17,6 +17,7 @@ _V1_TRAINER = "verl.trainer.ppo.v1.trainer_base"
 
 # Answers come from processes that have just finished a sync, or are idle.
 _TIMEOUT_S = 600.0
+_OF_THE_AUDIT = ("sync/audit", "sync/probe")
 
 # Whether the trainer of this process has compared what runs with what was declared. verl's v1 trainer syncs once before
 # that, and what is wrong with a process is told more clearly by the read-back than by what follows from it.
@@ -105,17 +106,20 @@ class AuditedSync:
         faults = [*self._cast_faults(senders, receivers)]
         if self._auditing:
             faults += [*audit.stream_faults(senders, receivers), *audit.holding_faults(receivers)]
-            faults += self._probe_faults()
+            faults += self._probe_faults(rolled_out := self._rolled_out_probe())
             # Later syncs of adapters leave the base alone.
             for line in audit.unchecked(receivers) if self._syncs == 1 else ():
                 self._tell_once(line)
             found |= {"sync/audit_ok": float(not faults), "sync/audit_seconds": time.perf_counter() - began}
+            if rolled_out:
+                distances = [audit.probe_distance(self._probe["log_probs"], said) for said in rolled_out.values()]
+                found["sync/probe_abs_diff"] = max(distances)
         if faults:
             raise WeightSyncError(self._message(faults))
         if self._syncs == 1:
             self._tell_once(self._first_audit(found, senders, receivers))
             # It belongs to no training step.
-            found = {name: value for name, value in found.items() if name.startswith("sync/audit")}
+            found = {name: value for name, value in found.items() if name.startswith(_OF_THE_AUDIT)}
         _add(found)
         return found
 
@@ -147,19 +151,24 @@ class AuditedSync:
         probe = answers[0][1]
         return probe if len(probe["log_probs"]) else None
 
-    def _probe_faults(self) -> list[str]:
+    def _rolled_out_probe(self) -> dict[str, list[float]]:
+        """Replica -> its log-probabilities of the probe's tokens; none where the audit goes without its probe."""
         if self._probe is None:
-            return []
+            return {}
         try:
             answers = self._ask_servers("verl_fp16_probe", self._probe["tokens"], each=lambda who, said: [(who, said)])
         except WeightSyncError as error:
             self._tell_once(f"the audit of the weight sync goes without its probe of the logits: {error}")
             self._probe = None
-            return []
+            return {}
         rolled_out = {who: log_probs for who, log_probs in answers if log_probs}
         if not rolled_out:
             self._tell_once("the audit of the weight sync goes without its probe: the rollout takes no requests now")
             self._probe = None
+        return rolled_out
+
+    def _probe_faults(self, rolled_out: dict[str, list[float]]) -> list[str]:
+        if not rolled_out:
             return []
         half = "bfloat16" in (self._settings["dtype"], self._settings["train_dtype"])
         limit = self._settings["probe_tolerance"] * (10 if half else 1)
