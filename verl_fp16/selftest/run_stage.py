@@ -30,11 +30,11 @@ _KEPT = ("mismatch/", "sync/", "actor/skipped", "actor/loss_scale", "actor/grad_
 
 def run(spec: dict[str, Any], tell: Callable[[str], object]) -> dict[str, Any]:
     """Facts: ``cause`` (why it failed, or None), ``steps`` (the metrics of each logged one), ``read_back`` and
-    ``skips`` (records of skipped updates); ``gpus``.
+    ``skips`` (records of skipped updates); ``gpus``; ``theirs``, whether it was the user's model.
 
     Args:
         spec: ``output``, ``device``, ``gpus``, ``model`` (the user's, or None), ``longest`` (tokens of a prompt),
-            ``timeout_s``.
+            ``tensor_parallel`` (GPUs of a rollout), ``timeout_s``.
         tell: is told what is under way.
     """
     output = Path(spec["output"])
@@ -69,6 +69,7 @@ def run(spec: dict[str, Any], tell: Callable[[str], object]) -> dict[str, Any]:
     return {
         "cause": result.cause,
         "gpus": spec["gpus"],
+        "theirs": spec["model"] is not None,
         "steps": {str(entry.step): _kept(entry.data) for entry in steps},
         "read_back": _read_json(folder / "checkpoints" / READ_BACK),
         "skips": _lines(file_of(folder / "checkpoints", "actor")),
@@ -93,6 +94,8 @@ def overrides(spec: dict[str, Any], folder: Path, ray_dir: str) -> list[str]:
         "+task=sums",
         "+algo=grpo",
         *(f"{key}={quoted(value)}" for key, value in places.items()),
+        # The first sync goes as it is trained; only the later ones go in float16.
+        "verl_fp16.sync.audit_interval=1",
         f"trainer.n_gpus_per_node={gpus}",
         f"trainer.total_training_steps={STEPS}",
         "trainer.val_before_train=false",
@@ -104,19 +107,47 @@ def overrides(spec: dict[str, Any], folder: Path, ray_dir: str) -> list[str]:
         f"data.max_response_length={answer}",
         f"actor_rollout_ref.rollout.max_model_len={max(64, prompt + answer)}",
     ]
+    chosen += _places_in_ray(gpus)
     if theirs:
-        rows = 8
-        chosen += [
-            f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={rows}",
-            f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={rows}",
-            f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={rows}",
-            "actor_rollout_ref.actor.optim.lr=1e-6",
-            f"actor_rollout_ref.rollout.max_num_batched_tokens={max(1024, 2 * (prompt + answer))}",
-        ]
-    if gpu:
-        roles = ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")
-        chosen += [f"{role}.strategy=fsdp2" for role in roles]
-    if gpu and not has_flash_attention():
+        chosen += _for_their_model(prompt + answer, spec["tensor_parallel"])
+    return chosen + (_on_a_gpu() if gpu else [])
+
+
+def _places_in_ray(gpus: int) -> list[str]:
+    """As many of Ray's places as processes want one, however few cores there are.
+
+    The trainer waits for ever for a process that has no place. verl reserves three for each GPU.
+    """
+    return [
+        f"ray_kwargs.ray_init.num_cpus={max(16, 3 * gpus + 8)}",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        "actor_rollout_ref.rollout.agent.num_workers=1",
+        "reward.num_workers=1",
+    ]
+
+
+def _for_their_model(tokens: int, tensor_parallel: int) -> list[str]:
+    """
+    Args:
+        tokens: of a prompt with its answer.
+        tensor_parallel: GPUs that hold one rollout's weights.
+    """
+    rows = 8
+    return [
+        f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={rows}",
+        f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={rows}",
+        f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={rows}",
+        "actor_rollout_ref.actor.optim.lr=1e-6",
+        f"actor_rollout_ref.rollout.max_num_batched_tokens={max(1024, 2 * tokens)}",
+        f"actor_rollout_ref.rollout.tensor_model_parallel_size={tensor_parallel}",
+    ]
+
+
+def _on_a_gpu() -> list[str]:
+    """What the group of the CPU sets there and no recipe's group sets here."""
+    roles = ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")
+    chosen = ["actor_rollout_ref.rollout.name=vllm", *(f"{role}.strategy=fsdp2" for role in roles)]
+    if not has_flash_attention():
         chosen += [
             "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
             "actor_rollout_ref.model.use_remove_padding=false",
