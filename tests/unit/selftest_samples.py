@@ -65,6 +65,8 @@ def step() -> dict[str, float]:
         "mismatch/k3": 8e-7,
         "actor/skipped_steps": 0.0,
         "actor/loss_scale": 65536.0,
+        "sync/audit_ok": 1.0,
+        "sync/probe_abs_diff": 3e-4,
     }
 
 
@@ -74,20 +76,21 @@ def process(who: str, **roles: dict[str, Any]) -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     rollout = {"model_dtype": "float16", "parameters": ["float16", "float32"]}
-    actors = [
-        process(f"training worker {rank}", actor={"autocast": "float16", "fsdp_param": ["float16"]})
-        for rank in range(GPUS)
-    ]
-    return {
+    actor = {"autocast": "float16", "fsdp_param": ["float16"]}
+    actors = [process(f"training worker {rank}", actor=actor) for rank in range(GPUS)]
+    rollouts = [process(f"rollout replica {number}, worker 0", rollout=rollout) for number in range(GPUS)]
+    facts = {
         "cause": None,
         "gpus": GPUS,
-        "steps": {"1": {**step(), "sync/audit_ok": 1.0}, "2": step(), "3": step()},
+        "theirs": False,
+        "steps": {"1": step(), "2": step(), "3": step()},
         "read_back": {
             "differences": [],
-            "processes": [process("trainer"), *actors, process("rollout replica 0, worker 0", rollout=rollout)],
+            "processes": [process("trainer"), *actors, *rollouts],
         },
         "skips": [],
     }
+    return _copy(facts)
 
 
 def skip(**changed: Any) -> dict[str, Any]:

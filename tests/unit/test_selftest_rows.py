@@ -69,9 +69,27 @@ FAULTS = [
     ("run", "read_back|processes|3|report|roles|rollout|model_dtype", "bfloat16", "run: dtypes", "vLLM's dtype is bf"),
     ("run", "read_back|processes|3|report|roles|rollout|parameters", ["bfloat16"], "run: dtypes", "parameters are bf"),
     ("run", "read_back|processes|2", KeyError, "run: dtypes", "1 of 2 actor ranks reported"),
-    ("run", "read_back|processes|3", KeyError, "run: dtypes", "no rollout worker reported"),
-    ("run", "steps|1|sync/audit_ok", KeyError, "run: weight sync", "no sync was audited"),
+    ("run", "read_back|processes|2|report|roles|actor|fsdp_param", ["bfloat16"], "run: dtypes", "fsdp_param is bf"),
+    ("run", "read_back|processes|4", KeyError, "run: dtypes", "1 of 2 rollout workers reported"),
+    (
+        "run",
+        "read_back|processes|4|report|roles|rollout|parameters",
+        ["float32"],
+        "run: dtypes",
+        "parameters are float",
+    ),
+    (
+        "run",
+        "read_back|processes|4|report|roles|rollout|parameters",
+        ["bfloat16", "float16"],
+        "run: dtypes",
+        "parameters are bfloat16/float16",
+    ),
+    ("run", "steps|1|sync/audit_ok", KeyError, "run: weight sync", "no audit in step 1"),
+    ("run", "steps|3|sync/audit_ok", KeyError, "run: weight sync", "no audit in step 3"),
     ("run", "steps|1|sync/audit_ok", 0.0, "run: weight sync", "the audit failed in step 1"),
+    ("run", "steps|2|sync/audit_ok", 0.5, "run: weight sync", "the audit failed in step 2"),
+    ("run", f"steps|3|{run_rows.GAP}", 2.1e-3, "run: gap", "step 3: mean |d log p| 2.10e-03 nats, more than 2.0e-03"),
     ("run", "steps|2|mismatch/train_dtype/float16", KeyError, "run: gap", "step 2: train is in no dtype"),
     ("run", "steps|3|mismatch/rollout_dtype/float16", 0.0, "run: gap", "step 3: rollout is in"),
     ("run", "steps|3|mismatch/k3", math.nan, "run: gap", "step 3: mismatch/k3 is not finite"),
@@ -187,3 +205,24 @@ def test_speed_on_a_cpu_is_for_information_and_a_moment_tells_nothing():
 def test_the_exit_code_is_of_failures_alone():
     assert exit_code([Row("a", PASS, ""), Row("b", SKIP, "")]) == 0
     assert exit_code([Row("a", PASS, ""), Row("b", FAIL, "")]) == 1
+
+
+def test_the_gap_of_a_users_model_may_be_larger():
+    facts = {**samples.run(), "theirs": True}
+    for value, status in ((9e-3, PASS), (1.1e-2, FAIL)):
+        facts["steps"]["2"][run_rows.GAP] = value
+        (row,) = [row for row in run_rows.run_rows(facts, 3) if row.name == "run: gap"]
+        assert row.status == status
+    facts["steps"]["2"][run_rows.GAP] = 2e-3
+    (row,) = [row for row in run_rows.run_rows({**facts, "theirs": False}, 3) if row.name == "run: gap"]
+    assert row.status == PASS and "1.00e-03 nats" in row.reason
+
+
+def test_the_probe_is_told_of_only_where_it_was_made():
+    facts = samples.run()
+    facts["steps"]["2"][run_rows.PROBE] = 7e-4
+    (row,) = [row for row in run_rows.run_rows(facts, 3) if row.name == "run: weight sync"]
+    assert row.status == PASS and "each of 3 steps; the log-probabilities of a probe are 7.0e-04" in row.reason
+    del facts["steps"]["3"][run_rows.PROBE]
+    (row,) = [row for row in run_rows.run_rows(facts, 3) if row.name == "run: weight sync"]
+    assert row.status == PASS and "could not be compared" in row.reason
