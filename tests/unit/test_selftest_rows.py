@@ -61,6 +61,10 @@ FAULTS = [
     ("engine", "fsdp|resumed|0|loaded|digest", "x", "engine fsdp: resume", "other weights"),
     ("engine", "fsdp|resumed|0|next|loss", 1.4, "engine fsdp: resume", "another next update: loss 1.500000"),
     ("engine", "fsdp|resumed|0|next|digest", "x", "engine fsdp: resume", "another next update"),
+    ("engine", "fsdp|first|0|updates|3|digest", "x", "engine fsdp: skipped update", "rank 0: weights or optimizer"),
+    ("engine", "fsdp|first|0|read_back|master", ["float16"], "engine fsdp: dtypes", "master weights float16"),
+    ("engine", "fsdp|resumed|0|next|grad_norm", 2.0000001, "engine fsdp: resume", "another next update"),
+    ("engine", "fsdp|resumed|0|next|scale", 256.0, "engine fsdp: resume", "another next update"),
     ("run", "cause", "no progress for 240 s\n  Error: x", "run: finished", "no progress for 240 s | Error: x"),
     ("run", "steps|2", KeyError, "run: finished", "of 3 steps it logged 1, 3"),
     ("run", "read_back", None, "run: dtypes", "no process was asked"),
@@ -95,6 +99,7 @@ FAULTS = [
     ("run", "steps|3|mismatch/k3", math.nan, "run: gap", "step 3: mismatch/k3 is not finite"),
     ("run", "steps|3|mismatch/log_prob_abs_diff_mean", KeyError, "run: gap", "is missing"),
     ("run", "steps|1|actor/skipped_steps", 1.0, "run: skips", "1 updates were skipped, and 0 recorded"),
+    ("run", "skips", [samples.skip()], "run: skips", "0 updates were skipped, and 1 recorded"),
     ("run", "steps|1|actor/skipped_steps", KeyError, "run: skips", "was not logged"),
     ("gap", "failed", "vLLM does not run it", "gap", "vLLM does not run it"),
     ("gap", "measurements|fp16|k3", samples.interval(2e-5), "gap: k3", "FP16 2.00e-05 [1.8e-05, 2.2e-05], BF16"),
@@ -108,6 +113,8 @@ FAULTS = [
     ("gap", "measurements|fp16|found|training|autocast", "bfloat16", "gap: dtypes", "fp16: autocast is ['bfloat16']"),
     ("gap", "measurements|bf16|found|rollout", ["float16"], "gap: dtypes", "bf16: rollout is ['float16']"),
     ("gap", "measurements|bf16|found|rollout", KeyError, "gap: dtypes", "bf16: rollout is not bfloat16"),
+    ("gap", "measurements|fp16|found|training|weights", ["bfloat16"], "gap: dtypes", "fp16: FSDP's parameters is ['bf"),
+    ("gap", "measurements|fp16|k3|high", 1.5e-5, "gap: k3", "FP16's interval does not lie below BF16's"),
     ("throughput", "speeds|rollout|fp16|seconds", 2.6, "throughput: rollout", "slower than 0.8 times BF16"),
     ("throughput", "speeds|training|fp16|seconds", 2.6, "throughput: log-prob pass", "slower than 0.8 times BF16"),
 ]
@@ -144,9 +151,44 @@ def test_on_a_gpu_the_next_update_may_differ_by_the_order_of_sums():
         rank["next"] |= {"digest": "other", "loss": 1.5 + 1e-6}
     (row,) = [row for row in engine_rows.engine_rows({"fsdp2": facts}) if row.name.endswith("resume")]
     assert row.status == PASS and "order of sums" in row.reason
-    facts["resumed"][1]["next"]["loss"] = 1.6
+    for field, value, status in (
+        ("loss", 1.5 * (1 + 0.9e-3), PASS),
+        ("loss", 1.5 * (1 + 1.2e-3), FAIL),
+        ("loss", 1.5, PASS),
+        ("grad_norm", 2.003, FAIL),
+        ("grad_norm", None, FAIL),
+        ("grad_norm", 2.0, PASS),
+        ("scale", 256.0, FAIL),
+    ):
+        facts["resumed"][1]["next"][field] = value
+        (row,) = [row for row in engine_rows.engine_rows({"fsdp2": facts}) if row.name.endswith("resume")]
+        assert row.status == status, (field, value)
+
+
+def test_on_a_gpu_what_was_loaded_is_the_same_to_the_bit():
+    facts = samples.engine()["fsdp2"]
+    facts["device"] = "gpu"
+    facts["resumed"][1]["loaded"]["digest"] = "other"
+    (row,) = [row for row in engine_rows.engine_rows({"fsdp2": facts}) if row.name.endswith("resume")]
+    assert row.status == FAIL and "rank 1: other weights or optimizer state" in row.reason
+
+
+def test_norms_that_were_never_computed_are_no_agreement():
+    facts = samples.engine()["fsdp2"]
+    facts["device"] = "gpu"
+    for ranks in (facts["first"], facts["resumed"]):
+        ranks[0]["next"]["grad_norm"] = None
+    facts["resumed"][0]["next"]["digest"] = "other"
     (row,) = [row for row in engine_rows.engine_rows({"fsdp2": facts}) if row.name.endswith("resume")]
     assert row.status == FAIL
+
+
+def test_a_checkpoint_without_a_scaler_is_none_that_came_back():
+    facts = samples.engine()["fsdp2"]
+    for number in range(samples.GPUS):
+        facts["first"][number]["saved"]["scaler"] = facts["resumed"][number]["loaded"]["scaler"] = None
+    (row,) = [row for row in engine_rows.engine_rows({"fsdp2": facts}) if row.name.endswith("resume")]
+    assert row.status == FAIL and "there are none" in row.reason
 
 
 @pytest.mark.parametrize(
@@ -156,6 +198,7 @@ def test_on_a_gpu_the_next_update_may_differ_by_the_order_of_sums():
         (samples.skip(kind="forward", gradients=[]), FAIL, "which no loss scale cures"),
         (samples.skip(kind="norm", gradients=[]), FAIL, "their norm is not"),
         (samples.skip(gradients=[]), FAIL, "no gradient was found"),
+        (samples.skip(kind="forward"), FAIL, "which no loss scale cures"),
     ),
 )
 def test_a_skipped_update_has_to_be_explained(record, status, reason):
@@ -180,6 +223,12 @@ def test_few_tokens_that_do_not_tell_are_no_failure():
     statuses = {row.name: row.status for row in gap_rows.gap_rows(facts)}
     assert statuses == {"gap: dtypes": PASS, "gap: |d log p|": PASS, "gap: k3": SKIP}
     assert exit_code(gap_rows.gap_rows(facts)) == 0
+    # The fewer ones count, and from 500 on they are enough.
+    facts["measurements"]["bf16"]["tokens"] = 4000
+    for tokens, status in ((499, SKIP), (500, FAIL)):
+        facts["measurements"]["fp16"]["tokens"] = tokens
+        (row,) = [row for row in gap_rows.gap_rows(facts) if row.name == "gap: k3"]
+        assert row.status == status and (status == FAIL or f"{tokens} tokens" in row.reason)
 
 
 def test_an_interval_that_is_not_known_is_none_that_lies_below():
