@@ -82,7 +82,7 @@ def in_this_process(work, target, spec, name, tell) -> None:
     def told(**said) -> None:
         if "found" in said:
             write_whole(target / driver.FOUND, json.dumps(said["found"]).encode())
-        if "speed" in said:
+        if said.get("speed"):
             write_whole(target / driver.SPEED, json.dumps(said["speed"]).encode())
         if "done" in said:
             tell(name, said["done"], said["of"])

@@ -119,9 +119,11 @@ def measurement(name: str, error: float) -> dict[str, Any]:
 
 
 def gap() -> dict[str, Any]:
-    speeds = {"bf16": {"tokens": 4000, "seconds": 2.0}, "fp16": {"tokens": 4000, "seconds": 2.0}}
+    speed = {"tokens": 4000, "seconds": 2.0, "timed_s": 5.0}
+    speeds = {"bf16": speed, "fp16": speed}
     return {
         "device": "gpu",
+        "token_loop": False,
         "measurements": {"bf16": measurement("bf16", 4e-3), "fp16": measurement("fp16", 5e-4)},
         "speeds": {"rollout": _copy(speeds), "training": _copy(speeds)},
     }

@@ -245,10 +245,20 @@ def test_speed_on_a_cpu_is_for_information_and_a_moment_tells_nothing():
     assert row.status == PASS and "0.10 times (for information" in row.reason
     facts["device"] = "gpu"
     assert gap_rows.throughput_rows(facts)[0].status == FAIL
-    facts["speeds"]["rollout"]["bf16"]["seconds"] = 0.1
+    facts["speeds"]["rollout"]["bf16"]["timed_s"] = 2.9
     assert gap_rows.throughput_rows(facts)[0].status == SKIP
+    facts["speeds"]["rollout"]["fp16"]["seconds"] = 2.4
+    assert gap_rows.throughput_rows(facts)[0].status == PASS, "what is fast enough is so in a moment too"
     del facts["speeds"]["rollout"]["bf16"]
     assert gap_rows.throughput_rows(facts)[0] == Row("throughput: rollout", SKIP, "not timed: bf16")
+
+
+def test_a_loop_over_tokens_tells_nothing_of_the_log_prob_pass_on_a_gpu():
+    facts = {**samples.gap(), "token_loop": True}
+    rollout, training = gap_rows.throughput_rows(facts)
+    assert rollout.status == PASS and training.status == SKIP
+    assert "without flash-attn" in training.reason and "2,000" in training.reason
+    assert gap_rows.throughput_rows({**facts, "device": "cpu"})[1].status == PASS
 
 
 def test_the_exit_code_is_of_failures_alone():

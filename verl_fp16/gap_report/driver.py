@@ -40,8 +40,8 @@ class Settings:
         seed: of all of it.
         rollout: further arguments of :class:`verl_fp16.sampling.Sampler`.
         training: further arguments of :class:`verl_fp16.gap_report.training_side.TrainingSide`.
-        timed: whether sampling and the training side are timed, see :func:`speed`; sampling begins with an answer that
-            is thrown away, which changes no token.
+        timed_s: seconds that sampling and the training side take at least, to be timed, see :func:`speed`; not timed
+            without it. What is done for it alone changes no token and no score.
     """
 
     samples: int
@@ -50,7 +50,7 @@ class Settings:
     seed: int
     rollout: dict[str, Any]
     training: dict[str, Any]
-    timed: bool = False
+    timed_s: float | None = None
 
 
 def run(model: Path, work: WorkFolder, measurements: Sequence[Measurement], settings: Settings, tell: Progress) -> None:
@@ -73,7 +73,7 @@ def run(model: Path, work: WorkFolder, measurements: Sequence[Measurement], sett
             if side == "rollout":  # vLLM samples one token beside
                 asked["engine"] = {**engine, "max_model_len": _longest(work, measurement) + 1}
             else:
-                asked |= {"settings": settings.training, "timed": settings.timed}
+                asked |= {"settings": settings.training, "timed_s": settings.timed_s}
             _stage(work, target, asked, f"scoring, {side} {what.slug}", tell)
 
 
@@ -89,12 +89,12 @@ def sample(model: Path, work: WorkFolder, rollouts: Sequence[Rollout], settings:
         if sum(1 for _ in folder.samples(target)) < common["total"]:
             spec = {**common, "stage": "sample", "side": asdict(rollout), "slug": rollout.slug, "seed": settings.seed}
             spec |= {"samples": settings.samples, "max_tokens": settings.max_tokens, "lengths": settings.lengths}
-            spec |= {"timed": settings.timed, "engine": engine}
+            spec |= {"timed_s": settings.timed_s, "engine": engine}
             _stage(work, target, spec, f"sampling, {rollout.slug}", tell)
 
 
 def speed(target: Path) -> dict[str, float] | None:
-    """``tokens`` and ``seconds`` of the part of a stage that was timed, from its folder; None where none was."""
+    """What a stage's folder says of its speed, see :class:`verl_fp16.gap_report.timing.Passes`; None where nothing."""
     file = target / SPEED
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
@@ -141,7 +141,7 @@ def _stage(work: WorkFolder, target: Path, spec: dict[str, Any], name: str, tell
             for said in _lines(read):
                 if "found" in said:
                     write_whole(target / FOUND, json.dumps(said["found"]).encode())
-                if "speed" in said:
+                if said.get("speed"):
                     write_whole(target / SPEED, json.dumps(said["speed"]).encode())
                 if "done" in said:
                     tell(name, said["done"], said["of"])

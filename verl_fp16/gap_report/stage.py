@@ -18,6 +18,7 @@ from typing import Any
 
 from verl_fp16.gap_report import folder
 from verl_fp16.gap_report.errors import GapError
+from verl_fp16.gap_report.timing import Forwards, Passes
 from verl_fp16.sampling import DTYPES, Request
 
 Tell = Callable[..., None]
@@ -25,7 +26,7 @@ FAILED = 2
 _SEQUENCES_OF_A_PART = 256
 _TOKENS_OF_A_PART = 2**18
 _SECONDS_OF_A_PART = 60.0
-# Of the request that is not timed. It is too short for vLLM's cache of prefixes, which would change other answers.
+# Of the requests that are not timed. They are too short for vLLM's cache of prefixes, which would change other answers.
 _WARM_PROMPT, _WARM_TOKENS = [5], 8
 
 
@@ -65,12 +66,13 @@ def sample(
     lengths: list[int] | None,
     seed: int,
     engine: dict[str, Any],
-    timed: bool = False,
+    timed_s: float | None = None,
 ) -> None:
     """Answers of every prompt, with the log-probabilities that they were sampled with.
 
     Args:
-        timed: whether to tell its speed, first requests left out.
+        timed_s: seconds to sample for, at least, to tell the speed; not told without it. A batch of short answers comes
+            first, and what is sampled beyond the answers is thrown away.
     """
     from verl_fp16.sampling import Sampler
 
@@ -88,16 +90,31 @@ def sample(
         **engine,
     )
     tell(found=sorted(sampler.weight_dtypes()), done=len(done), of=total)
-    rows = _requests(Path(work) / folder.PROMPTS, sampler, samples, done, lengths, seed)
-    if timed:
-        # The first requests of an engine compile and allocate.
-        for _ in sampler.sample([Request(-1, _WARM_PROMPT, seed, min(_WARM_TOKENS, max_tokens))]):
+
+    def rows() -> Iterator[Request]:
+        return _requests(Path(work) / folder.PROMPTS, sampler, samples, done, lengths, seed)
+
+    if timed_s is not None:
+        # The first requests of an engine compile, allocate and choose kernels, which are those of a batch's size.
+        warm = (Request(-1 - n, _WARM_PROMPT, seed + n, min(_WARM_TOKENS, max_tokens)) for n in range(total))
+        for _ in sampler.sample(warm):
             pass
     began = time.monotonic()
-    for number, _ in enumerate(keep_samples(sampler, rows, target), len(done) + 1):
+    for number, _ in enumerate(keep_samples(sampler, rows(), target), len(done) + 1):
         tell(done=number, of=total)
-    if timed:
-        tell(speed={"tokens": _tokens(target, done), "seconds": time.monotonic() - began})
+    if timed_s is not None:
+        passes = Passes(timed_s)
+        passes.add(_tokens(target, done), time.monotonic() - began)
+        while not passes.enough:
+            passes.add(*_sampled(sampler, rows()))
+        tell(speed=passes.found())
+
+
+def _sampled(sampler: Any, rows: Iterable[Request]) -> tuple[int, float]:
+    """Tokens and seconds of answers that are thrown away."""
+    began = time.monotonic()
+    tokens = sum(len(answer.tokens) for _, answers in sampler.sample(rows) for answer in answers)
+    return tokens, time.monotonic() - began
 
 
 def _tokens(target: Path, before: set[int]) -> int:
@@ -203,49 +220,58 @@ def score_training(
     tokens: str,
     total: int,
     settings: dict[str, Any],
-    timed: bool = False,
+    timed_s: float | None = None,
 ) -> None:
     """What verl's FSDP engine says of sampled tokens: the pass that computes old log-probabilities.
 
     Args:
-        timed: whether to tell its speed, the first forward left out.
+        timed_s: seconds to compute for, at least, to tell the speed; not told without it. The first forward is left
+            out, and what is computed beyond the scores is thrown away.
     """
     from verl_fp16.gap_report.training_side import TrainingSide
 
     work_folder = Path(work)
     target = work_folder / "training" / f"{slug}@{tokens}"
-    clock = _Clock()
+    clock = Forwards()
     with TrainingSide(Path(model), DTYPES[side["precision"]], side["fp32_head"], side["temperature"], **settings) as it:
         for part, name, done in _missing(tell, work_folder / "tokens" / tokens, target, total):
-            rows = list(zip(part["prompt"], part["answer"], strict=True))
-            found = []
-            clock.start()
-            for batch in it.log_probs(rows):
-                clock.stop(sum(len(prompt) + len(answer) for prompt, answer in rows[len(found) :][: len(batch)]))
+            found: list[Any] = []
+            for batch in _forwards(it, part, clock):
                 found += batch
                 tell(done=done + len(found), of=total)
-                clock.start()
             folder.write_part(target / name, {"sample": part["sample"], "log_prob": found}, folder.scores_schema())
             tell(found=it.found())
-    if timed and clock.seconds:
-        tell(speed={"tokens": clock.tokens, "seconds": clock.seconds})
+        if timed_s is not None:
+            passes = Passes(timed_s)
+            passes.add(clock.tokens, clock.seconds)
+            while not passes.enough:
+                passes.add(*_computed(it, work_folder / "tokens" / tokens))
+            tell(speed=passes.found())
 
 
-class _Clock:
-    """Tokens and seconds of forwards, the first one left out: it is when memory is taken and kernels are chosen."""
+def _forwards(side: Any, part: dict[str, list[Any]], clock: Forwards) -> Iterator[list[Any]]:
+    """The scores of each forward over a part, timed."""
+    rows = list(zip(part["prompt"], part["answer"], strict=True))
+    at = 0
+    clock.start()
+    for batch in side.log_probs(rows):
+        clock.stop(sum(len(prompt) + len(answer) for prompt, answer in rows[at : at + len(batch)]))
+        at += len(batch)
+        yield batch
+        clock.start()
 
-    def __init__(self) -> None:
-        self.tokens, self.seconds = 0, 0.0
-        self._first = True
 
-    def start(self) -> None:
-        self._began = time.monotonic()
-
-    def stop(self, tokens: int) -> None:
-        if not self._first:
-            self.tokens += tokens
-            self.seconds += time.monotonic() - self._began
-        self._first = False
+def _computed(side: Any, source: Path) -> tuple[int, float]:
+    """Tokens and seconds of a pass over all parts whose scores are thrown away."""
+    tokens, seconds = 0, 0.0
+    for file in folder.parts(source):
+        part = folder.read_part(file)
+        began = time.monotonic()
+        for _ in side.log_probs(list(zip(part["prompt"], part["answer"], strict=True))):
+            pass
+        seconds += time.monotonic() - began
+        tokens += sum(map(len, part["prompt"])) + sum(map(len, part["answer"]))
+    return tokens, seconds
 
 
 STAGES = {"sample": sample, "score_rollout": score_rollout, "score_training": score_training}

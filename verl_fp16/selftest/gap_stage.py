@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,19 +20,21 @@ STATISTICS = ("log_prob_abs_diff_mean", "k3")
 _PROMPTS, _SAMPLES = 64, 2
 # Tokens of an answer: on a GPU as many as are worth timing.
 _LENGTHS = {"cpu": (24, 40), "gpu": (192, 256)}
+# On a GPU a pass of the small model is over in a moment.
+_TIMED_S = {"cpu": 0.0, "gpu": 5.0}
 _TOKENS_AT_ONCE = {"cpu": 1024, "gpu": 8192}
 
 
 def run(spec: dict[str, Any], tell: Callable[[str], object]) -> dict[str, Any]:
     """Facts: ``measurements`` (each pair's statistics with intervals, and dtypes that were found), ``speeds`` (of
-    each side and precision), ``tokens``, ``prompts``, ``device``; or ``failed``, why there are none.
+    each side and precision), ``device`` and ``token_loop``; or ``failed``, why there are none.
 
     Args:
         spec: ``output``, ``device``, ``model`` (the user's, or None), ``prompts`` (the user's file, or None).
         tell: is told what is under way.
     """
     output = Path(spec["output"])
-    theirs, device = spec["model"] is not None, spec["device"]
+    theirs = spec["model"] is not None
     model = Path(spec["model"]) if theirs else output / "model"
     prompts = Path(spec["prompts"] or output / "data" / "train.parquet")
     measurements = parse_pairs("bf16,fp16", same_tokens=True)
@@ -48,7 +51,8 @@ def run(spec: dict[str, Any], tell: Callable[[str], object]) -> dict[str, Any]:
     except (GapError, ModelError, RowsError) as error:
         return {"failed": str(error)}
     return {
-        "device": device,
+        "device": spec["device"],
+        "token_loop": loops_over_tokens(),
         "measurements": {
             one.name: {
                 **{name: vars(found.intervals[one.name][name]) for name in STATISTICS},
@@ -64,13 +68,22 @@ def run(spec: dict[str, Any], tell: Callable[[str], object]) -> dict[str, Any]:
 def _settings(spec: dict[str, Any], theirs: bool) -> driver.Settings:
     device = spec["device"]
     lengths = _LENGTHS[device]
-    rollout: dict[str, Any] = {"gpu_memory_utilization": 0.8 if theirs else 0.3}
-    if not theirs:
-        rollout["enforce_eager"] = True  # compiling the small model would take longer than all that is done with it
+    # vLLM starts four times: compiling would take longer than all that is done with the model.
+    rollout = {"gpu_memory_utilization": 0.8 if theirs else 0.3, "enforce_eager": True}
     training: dict[str, Any] = {"tokens_at_once": _TOKENS_AT_ONCE[device]}
     if device == "gpu" and not has_flash_attention():
         training |= {"attention": "sdpa", "remove_padding": False}
-    return driver.Settings(_SAMPLES, lengths[1], lengths, seed=0, rollout=rollout, training=training, timed=True)
+    timed_s = _TIMED_S[device]
+    return driver.Settings(_SAMPLES, lengths[1], lengths, seed=0, rollout=rollout, training=training, timed_s=timed_s)
+
+
+def loops_over_tokens() -> bool:
+    """Whether verl takes log-probabilities of half-precision logits token by token in Python.
+
+    It does without flash-attn's cross entropy (verl's ``logprobs_from_logits``), and then their time is that of the
+    loop, whatever the precision.
+    """
+    return not has_flash_attention() or os.environ.get("VERL_DISABLE_FLASH_ATTN_CE") == "1"
 
 
 def _write_prompts(file: Path, model: Path, answer: int, target: Path) -> None:
