@@ -21,20 +21,24 @@ _TELLING = re.compile(
 )
 
 
-def telling_lines(log_path: str | os.PathLike[str], n: int = 8) -> list[str]:
+def telling_lines(
+    log_path: str | os.PathLike[str], n: int = 8, *, since: int = 0, errors_only: bool = False
+) -> list[str]:
     """Return the lines of a log that say most about a failure, in their order, shortened and without repeats.
 
     Args:
         log_path: a text log; only its last megabyte is read, and a missing one counts as empty.
         n: most lines to return. Of more, the first and the last ones are taken: the first exception is the reason,
             the last is what ended the command. Without any error line, the log's last lines are returned.
+        since: the byte from which on the log is read.
+        errors_only: whether without any error line none is returned.
 
     Returns:
         At most `n` lines of at most 300 characters.
     """
     try:
         with open(log_path, "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
+            log.seek(max(since, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
             text = log.read(_TAIL_BYTES).decode(errors="replace")
     except OSError:
         return []
@@ -51,5 +55,5 @@ def telling_lines(log_path: str | os.PathLike[str], n: int = 8) -> list[str]:
         last = [*last, shown][-n:]
         if _TELLING.search(line) and not _HARMLESS.match(line):
             telling.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "#", line), shown)
-    lines = list(telling.values()) or last
+    lines = list(telling.values()) or ([] if errors_only else last)
     return lines if len(lines) <= n else lines[: n // 2] + lines[len(lines) - (n - n // 2) :]

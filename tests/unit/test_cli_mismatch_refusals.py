@@ -97,9 +97,45 @@ def test_a_stage_that_dies_is_one_line_with_its_log(tmp_path, monkeypatch):
 
     work = WorkFolder(tmp_path / "work", {"seed": 0})
     spec = {"stage": "no such stage", "total": 3}
-    with pytest.raises(GapError, match=r"a stage ended with code 1; its output is in .*stages.log"):
+    with pytest.raises(GapError, match=r"a stage ended with code 1; its output is in .*stages.log \| KeyError: 'no"):
         driver._stage(work, work.tokens("fp16"), spec, "a stage", lambda *told: None)
     assert "KeyError: 'no such stage'" in (work.path / driver.LOG).read_text()
+
+
+_VLLM = (
+    """
+import json, os, sys
+print("(EngineCore pid=7) ERROR 11-22 [core.py:1] ValueError: of the stage before")
+""",
+    """
+import json, os, sys
+print("(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] torch.AcceleratorError: CUDA error: no kernel image")
+print("(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] some more")
+said = {"failed": "vLLM does not run m in float16: Engine core initialization failed.", "look": LOOK}
+os.write(int(sys.argv[2]), json.dumps(said).encode() + b"\\n")
+sys.exit(2)
+""",
+)
+
+
+@pytest.mark.parametrize("look", (True, False))
+def test_what_vllm_only_logged_is_told_where_it_is_the_reason(tmp_path, monkeypatch, look):
+    from verl_fp16.gap_report.errors import GapError
+    from verl_fp16.gap_report.folder import WorkFolder
+
+    work = WorkFolder(tmp_path / "work", {"seed": 0})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name, text in zip(("good_stage", "bad_stage"), _VLLM, strict=True):
+        (tmp_path / f"{name}.py").write_text(text.replace("LOOK", str(look)))
+    spec = {"total": 3}
+    monkeypatch.setattr(driver, "STAGE", "good_stage")
+    driver._stage(work, work.tokens("fp16"), spec, "a stage", lambda *told: None)
+    monkeypatch.setattr(driver, "STAGE", "bad_stage")
+    with pytest.raises(GapError) as raised:
+        driver._stage(work, work.tokens("fp16"), spec, "a stage", lambda *told: None)
+    reason = "vLLM does not run m in float16: Engine core initialization failed."
+    more = " | EngineCore: torch.AcceleratorError: CUDA error: no kernel image"
+    assert str(raised.value) == reason + (more if look else "")
 
 
 @pytest.mark.parametrize(

@@ -349,6 +349,9 @@ def test_telling_lines_stay_small(tmp_path):
     assert len(lines) == 1 and lines[0].startswith("ValueError: yyy") and len(lines[0]) == 300
     log.write_text("\n".join(f"line {i}" for i in range(100)))
     assert telling_lines(log, 2) == ["line 98", "line 99"]
+    assert telling_lines(log, 2, errors_only=True) == []
+    log.write_text("ValueError: old\nValueError: new\n")
+    assert telling_lines(log, since=16) == ["ValueError: new"]
 
 
 def test_a_zombie_whose_parent_was_killed_is_reaped(tmp_path):

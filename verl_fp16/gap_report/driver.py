@@ -18,11 +18,14 @@ from verl_fp16.gap_report.errors import GapError
 from verl_fp16.gap_report.folder import WorkFolder
 from verl_fp16.gap_report.sides import Measurement, Rollout
 from verl_fp16.leftovers import shared_memory_given_back
+from verl_fp16.run_log import telling_lines
 from verl_fp16.whole_files import write_whole
 
 Progress = Callable[[str, int, int], None]
 """Is told what is under way, how many sequences of it are done, and of how many."""
 
+STAGE = "verl_fp16.gap_report.stage"
+"""The module that a stage's process runs."""
 FOUND = "found.json"
 SPEED = "speed.json"
 LOG = "stages.log"
@@ -126,8 +129,9 @@ def _stage(work: WorkFolder, target: Path, spec: dict[str, Any], name: str, tell
         file = Path(temporary) / "spec.json"
         file.write_text(json.dumps(spec))
         tell(name, 0, spec["total"])
+        before = log.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "verl_fp16.gap_report.stage", str(file), str(write)],
+            [sys.executable, "-m", STAGE, str(file), str(write)],
             pass_fds=(write,),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -136,7 +140,7 @@ def _stage(work: WorkFolder, target: Path, spec: dict[str, Any], name: str, tell
             env=_environment(),
         )
         os.close(write)
-        failed = None
+        failed: dict[str, Any] | None = None
         try:
             for said in _lines(read):
                 if "found" in said:
@@ -145,12 +149,22 @@ def _stage(work: WorkFolder, target: Path, spec: dict[str, Any], name: str, tell
                     write_whole(target / SPEED, json.dumps(said["speed"]).encode())
                 if "done" in said:
                     tell(name, said["done"], said["of"])
-                failed = said.get("failed", failed)
+                failed = said if "failed" in said else failed
             code = process.wait()
         finally:
             _end(process)
     if code or failed:
-        raise GapError(failed or f"{name} ended with code {code}; its output is in {work.path / LOG}")
+        failed = failed or {
+            "failed": f"{name} ended with code {code}; its output is in {work.path / LOG}",
+            "look": True,
+        }
+        raise GapError(_reason(failed["failed"], failed.get("look"), work.path / LOG, before))
+
+
+def _reason(told: str, look: bool | None, log: Path, since: int) -> str:
+    """``told``, and errors from the log behind byte ``since``: what vLLM's engine, a process of its own, died of."""
+    errors = telling_lines(log, 2, since=since, errors_only=True) if look else []
+    return " | ".join([told, *(line for line in errors if line not in told)])
 
 
 def _lines(read: int) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 vLLM and FSDP each want a process for themselves, and one whose memory is given back. Progress goes to the file
 descriptor FD, a JSON object a line: ``done`` and ``of`` in sequences; ``found`` once, what the live objects say of
-their dtypes; or ``failed``, a line for the user.
+their dtypes; or ``failed``, a line for the user, and ``look``, whether the log says more of it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> int:
     try:
         STAGES[spec.pop("stage")](tell, **spec)
     except (GapError, SamplingError) as error:
-        tell(failed=str(error))
+        tell(failed=str(error), look=isinstance(error, SamplingError))
         return FAILED
     return 0
 
