@@ -95,13 +95,21 @@ def read_present(file: Path) -> dict[str, str]:
         if text.lstrip().startswith("["):
             pairs = [(row["name"], row["version"]) for row in json.loads(text)]
         else:
-            pairs = [line.strip().split("==", 1) for line in text.splitlines() if "==" in line]
+            pairs = [line.split("==", 1) for line in map(_frozen, text.splitlines()) if "==" in line]
         found = {normalized(name): str(Version(version)) for name, version in pairs}
     except (ValueError, KeyError, TypeError, InvalidVersion) as error:
         raise KitError(f"--present {file}: this is not what pip list --format=json prints: {error!r}") from None
     if not found:
         raise KitError(f"--present {file}: there is no package in it; make it with pip list --format=json")
     return found
+
+
+def _frozen(line: str) -> str:
+    """A line of pip freeze; of the comment above a package that is installed from a folder, what it says of that."""
+    if not line.lstrip().startswith("#"):
+        return line.strip()
+    editable = re.match(r"# Editable [^(]*\((\S+)\)", line)
+    return editable[1] if editable else ""
 
 
 def read_wheel(file: Path) -> Built:

@@ -90,6 +90,22 @@ def test_what_is_there_and_satisfies_is_left_out(tmp_path):
     assert manifest(packed)["there"] == {"numpy": "2.3.5", "torchvision": "0.26.0"}
 
 
+def test_a_freeze_tells_of_editable_packages_in_comments(tmp_path):
+    """What pip prints of packages that are installed from a folder: a comment, and the folder in the next line."""
+    freeze = tmp_path / "freeze.txt"
+    freeze.write_text(
+        "# Editable install with no version control (my.Tool==0.1.0)\n-e /srv/tool\n"
+        "# Editable Git install with no remote (verl==0.9.1)\n-e /srv/verl\n"
+        "# Editable Git install (ray==2.60.0) with either a deleted local remote or invalid URI:\n"
+        "# 'gone'\n-e /srv/ray\n"
+        "## left by hand: numpy==1.0\n"
+        f"numpy==2.3.5\ntorch=={TORCH}+cu130\n"
+    )
+    found = gpu_kit_wheels.read_present(freeze)
+    others = {"numpy": "2.3.5", "torch": f"{TORCH}+cu130"}
+    assert found == {"my-tool": "0.1.0", "verl": "0.9.1", "ray": "2.60.0", **others}
+
+
 def test_what_is_there_need_not_be_in_the_folder(tmp_path, capsys):
     house = make_house(tmp_path / "house")
     make_wheel(house, "verl", requires=["numpy<2.5", "ray"])
