@@ -27,6 +27,7 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import venv
@@ -275,12 +276,14 @@ def collect(sources: Sequence[Path], folder: Path) -> int:
     progress = Progress("collecting", sum(file.stat().st_size for file in files))
     taken = known = 0
     for file in files:
+        size = file.stat().st_size
         try:
             fresh = take(kit, folder, file)
             taken, known = taken + fresh, known + (not fresh)
         except NotTaken as reason:
             print(f"gpu-kit: not taken: {file}: {reason}", file=sys.stderr)
-        progress.add(file.stat().st_size)
+            _set_aside_in_place(kit, folder, file)
+        progress.add(size)
     print(f"taken: {taken} pieces, already there: {known}")
     return _tell_pieces(kit, folder)
 
@@ -332,6 +335,15 @@ def take(kit: Kit, folder: Path, file: Path) -> bool:
     return True
 
 
+def _set_aside_in_place(kit: Kit, folder: Path, file: Path) -> None:
+    """What was refused does not keep a piece's name, where it lies in the kit's folder itself."""
+    for piece in kit.pieces:
+        place = folder / piece.name
+        if place.exists() and place.samefile(file):
+            os.replace(place, folder / f"{piece.name}.broken")
+            return
+
+
 def _piece_of(kit: Kit, file: Path) -> Piece:
     with file.open("rb") as stream:
         match = re.fullmatch(MAGIC + rb"([0-9a-f]{16}) (\d{5})\n", stream.read(HEADER_BYTES))
@@ -345,9 +357,15 @@ def _piece_of(kit: Kit, file: Path) -> Piece:
 
 
 def missing_pieces(kit: Kit, folder: Path) -> list[str]:
-    """By size: no piece gets its name before its digest was right."""
-    sizes = {piece: folder / piece.name for piece in kit.pieces}
-    return [piece.name for piece, file in sizes.items() if not file.is_file() or file.stat().st_size != piece.size]
+    """By size and head: no piece gets its name before its digest was right."""
+    return [piece.name for index, piece in enumerate(kit.pieces) if not _looks_right(kit, index, folder / piece.name)]
+
+
+def _looks_right(kit: Kit, index: int, file: Path) -> bool:
+    if not file.is_file() or file.stat().st_size != kit.pieces[index].size:
+        return False
+    with file.open("rb") as stream:
+        return stream.read(HEADER_BYTES) == header(kit.name, index)
 
 
 def _tell_pieces(kit: Kit, folder: Path) -> int:
@@ -458,11 +476,13 @@ def install(folder: Path, target: str, place: Path | None) -> int:
         )
     refuse_other_packages(kit)
     _require_wheels(kit, folder)
+    needed = _unpacked_size(kit, folder)
     if target == "running":
+        _require_room(Path(sysconfig.get_path("purelib")), needed)
         _install_wheels(kit, folder, sys.executable)
         return _check(kit, folder, sys.executable, before)
     place = (place or folder / "venv").absolute()
-    with _making_venv(place, kit) as python:
+    with _making_venv(place, kit, needed) as python:
         if python:
             _install_wheels(kit, folder, python)
     return _finish_venv(kit, folder, place, before)
@@ -508,6 +528,26 @@ def _require_wheels(kit: Kit, folder: Path) -> None:
             raise KitError(f"{wheel.name} is not there as it was packed: run join first", INCOMPLETE)
 
 
+def _unpacked_size(kit: Kit, folder: Path) -> int:
+    size = 0
+    for wheel in kit.wheels:
+        with zipfile.ZipFile(folder / "wheels" / wheel.name) as archive:
+            size += sum(file.file_size for file in archive.infolist())
+    return size
+
+
+def _require_room(place: Path, needed: int) -> None:
+    """
+    Raises:
+        KitError: the disk that ``place`` is on, or will be, has fewer bytes left.
+    """
+    there_already = next(folder for folder in (place, *place.parents) if folder.is_dir())
+    if (free := shutil.disk_usage(there_already).free) < needed:
+        raise KitError(
+            f"{place}: {megabytes(needed)} are needed, and {megabytes(free)} are free: nothing was installed", FAILED
+        )
+
+
 def torch_version(python: str, folder: Path, wanted: str) -> str:
     """``torch.__version__`` as that Python has it."""
     log = folder / "torch.log"
@@ -527,8 +567,12 @@ def _last_line(output: str) -> str:
 
 
 @contextlib.contextmanager
-def _making_venv(place: Path, kit: Kit) -> Iterator[str | None]:
-    """Yields the Python of a new venv, None where it is there already; on a failure it is gone again."""
+def _making_venv(place: Path, kit: Kit, needed: int) -> Iterator[str | None]:
+    """Yields the Python of a new venv, None where it is there already; on a failure it is gone again.
+
+    Args:
+        needed: bytes that go into it.
+    """
     if (place / FINISHED).is_file():
         if json.loads((place / FINISHED).read_text()).get("kit") == kit.name:
             print(f"{place} holds this kit already")
@@ -538,6 +582,7 @@ def _making_venv(place: Path, kit: Kit) -> Iterator[str | None]:
     if place.exists() and not (place / UNFINISHED).exists() and (not place.is_dir() or any(place.iterdir())):
         raise KitError(f"{place} is there and no venv of a kit: remove it, or name another folder with --venv")
     shutil.rmtree(place, ignore_errors=True)
+    _require_room(place, needed)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(shutil.rmtree, place, ignore_errors=True)
         place.mkdir(parents=True)

@@ -208,6 +208,33 @@ def test_a_piece_that_breaks_after_it_was_collected_is_set_aside(packed, tmp_pat
     assert run("join", "--kit", kit) == 0
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [
+        flip,
+        lambda piece: piece.write_bytes(b"x" + piece.read_bytes()[1:]),
+        lambda piece: shutil.copyfile(piece.with_name("kit-000.bin"), piece),
+    ],
+    ids=("a byte", "its head", "another piece"),
+)
+def test_a_broken_piece_does_not_count_where_the_kit_is_collected_in_place(packed, tmp_path, capsys, harm):
+    shutil.copytree(packed, tmp_path / "kit")
+    harm(tmp_path / "kit" / "kit-003.bin")
+    for command in (("collect", tmp_path / "kit"), ("collect", tmp_path / "kit"), ("status",)):
+        assert run(*command, "--kit", tmp_path / "kit") == there.INCOMPLETE
+        assert "missing: kit-003.bin\n" in capsys.readouterr().out
+    assert run("collect", packed / "kit-003.bin", "--kit", tmp_path / "kit") == 0
+    assert run("join", "--kit", tmp_path / "kit") == 0
+
+
+def test_a_piece_in_its_place_that_is_refused_is_set_aside_and_not_lost(packed, capsys):
+    flip(packed / "kit-003.bin")
+    content = (packed / "kit-003.bin").read_bytes()
+    assert run("collect", packed, "--kit", packed) == there.INCOMPLETE
+    assert "kit-003.bin: broken: the digest is not that of kit-003.bin" in capsys.readouterr().err
+    assert (packed / "kit-003.bin.broken").read_bytes() == content
+
+
 def one_wheel_more(values: dict) -> None:
     values["wheels"][0]["sha256"] = "0" * 64
 

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import gpu_kit_there as there
@@ -193,6 +194,22 @@ def test_wheels_that_are_not_whole_are_not_installed(kit, machine):
     assert "ray-1.0-py3-none-any.whl is not there as it was packed: run join first" in process.stderr
     assert there.main(["join", "--kit", str(kit)]) == 0
     assert install(machine, kit).returncode == 0
+
+
+@pytest.mark.parametrize("target", ("venv", "running"))
+def test_too_little_room_is_told_before_anything_is_changed(kit, monkeypatch, capsys, target):
+    """Room for the wheels as they are unpacked."""
+    monkeypatch.setattr(there, "torch_version", lambda *_: TORCH)
+    monkeypatch.setattr(there, "_install_wheels", lambda *_: pytest.fail("it installs"))
+    unpacked = 0
+    for wheel in (kit / "wheels").iterdir():
+        with zipfile.ZipFile(wheel) as archive:
+            unpacked += sum(file.file_size for file in archive.infolist())
+    monkeypatch.setattr(there.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, unpacked - 1))
+    before = listing(kit)
+    assert there.main(["install", "--kit", str(kit), "--target", target]) == there.FAILED
+    assert f"{unpacked / 1e6:,.1f} MB are needed, and " in capsys.readouterr().err
+    assert listing(kit) == before
 
 
 def test_when_pip_fails_the_venv_is_gone_again(tmp_path, machine):
