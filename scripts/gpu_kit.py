@@ -103,6 +103,8 @@ def write_kit(
         raise KitError(f"--piece-mb: a piece needs {SMALLEST_PIECE} bytes at least")
     payload = piece - there.HEADER_BYTES
     ordered = sorted(wheels, key=lambda wheel: wheel.name)
+    vllm = next((wheel.file for wheel in ordered if wheel.name == "vllm"), None)
+    extensions, cuda = gpu_kit_wheels.extensions_of(vllm) if vllm else ((), None)
     named = {*pins.IMPORTS.values(), "transformers"}
     values = {
         "format": there.FORMAT,
@@ -114,6 +116,8 @@ def write_kit(
         "without": sorted(wanted.without),
         "held": sorted(held),
         "imports": pins.IMPORTS,
+        "cuda": cuda,
+        "extensions": list(extensions),
         "pip": next(wheel.file.name for wheel in ordered if wheel.name == "pip"),
         "wheels": list(_laid_out(ordered, payload)),
     }
@@ -195,6 +199,11 @@ def told(manifest: dict) -> str:
     lines = [there.table(("wheel", "size"), rows), ""]
     if manifest["there"]:
         lines.append("there already: " + ", ".join(f"{name} {version}" for name, version in manifest["there"].items()))
+    lines.append(
+        f"vllm is built for CUDA {manifest['cuda']}, and so has to be the torch there"
+        if manifest["cuda"]
+        else "no wheel of vllm says what CUDA it is built for: whether the torch there is for it, nothing checks"
+    )
     lines.append(f"left to torch {manifest['torch']}: {', '.join(manifest['held'])}")
     if manifest["without"]:
         lines.append(f"left out, as asked: {', '.join(manifest['without'])}")

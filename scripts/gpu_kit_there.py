@@ -105,6 +105,8 @@ class Kit:
         held: packages that come with torch and are never installed.
         imports: module -> the distribution it belongs to; what has to work after an installation.
         pip: the wheel of pip that installs the others.
+        cuda: major version of the CUDA that vLLM is built for; None where no wheel says.
+        extensions: modules of vLLM that are compiled for it, which ``import vllm`` does not load.
     """
 
     name: str
@@ -117,6 +119,23 @@ class Kit:
     pip: str
     wheels: tuple[Wheel, ...]
     pieces: tuple[Piece, ...]
+    cuda: str | None
+    extensions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What a torch says of itself.
+
+    Args:
+        version: as in 2.11.0+cu130.
+        cuda: what it was built for, as in 13.0; None without.
+        gpu: whether it sees a GPU.
+    """
+
+    version: str
+    cuda: str | None
+    gpu: bool
 
 
 def normalized(name: str) -> str:
@@ -248,6 +267,8 @@ def _kit(values: dict) -> Kit:
         pip=values["pip"],
         wheels=tuple(Wheel(**{key: wheel[key] for key in Wheel.__dataclass_fields__}) for wheel in values["wheels"]),
         pieces=tuple(Piece(**piece) for piece in values["pieces"]),
+        cuda=values.get("cuda"),
+        extensions=tuple(values.get("extensions", ())),
     )
 
 
@@ -468,12 +489,8 @@ def install(folder: Path, target: str, place: Path | None) -> int:
     folder = folder.resolve()
     kit = read_manifest(folder / "manifest.json")
     refuse_another_machine(kit)
-    before = torch_version(sys.executable, folder, kit.torch)
-    if not same_version(kit.torch, before):
-        raise KitError(
-            f"torch {before} is here, and the kit was packed for torch {kit.torch}: nothing was changed. Pack one with "
-            f"--torch {before.split('+')[0]} and a vLLM that goes with it"
-        )
+    before = torch_facts(sys.executable, folder, kit.torch)
+    refuse_another_torch(kit, before)
     refuse_other_packages(kit)
     _require_wheels(kit, folder)
     needed = _unpacked_size(kit, folder)
@@ -500,6 +517,20 @@ def refuse_another_machine(kit: Kit) -> None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def refuse_another_torch(kit: Kit, found: Torch) -> None:
+    if not same_version(kit.torch, found.version):
+        raise KitError(
+            f"torch {found.version} is here, and the kit was packed for torch {kit.torch}: nothing was changed. Pack "
+            f"one with --torch {found.version.split('+')[0]} and a vLLM that goes with it"
+        )
+    if kit.cuda and (found.cuda or "").split(".")[0] != kit.cuda:
+        raise KitError(
+            f"torch {found.version} here is built {f'for CUDA {found.cuda}' if found.cuda else 'without CUDA'}, and "
+            f"the kit's vllm for CUDA {kit.cuda}: nothing was changed. vLLM needs a torch for the same CUDA: run this "
+            "with a Python that has one, or pack a kit of a vLLM that goes with this one"
+        )
 
 
 def refuse_other_packages(kit: Kit) -> None:
@@ -548,18 +579,18 @@ def _require_room(place: Path, needed: int) -> None:
         )
 
 
-def torch_version(python: str, folder: Path, wanted: str) -> str:
-    """``torch.__version__`` as that Python has it."""
+def torch_facts(python: str, folder: Path, wanted: str) -> Torch:
+    """What the torch says of itself that this Python has."""
     log = folder / "torch.log"
-    code = "import torch; print('gpu-kit', torch.__version__)"
+    code = "import torch; print('gpu-kit', torch.__version__, torch.version.cuda, torch.cuda.is_available())"
     failed = _run_telling([python, "-c", code], folder, log, Progress("importing torch", 0))
     output = log.read_text(errors="replace")
     log.unlink()
-    match = re.search(r"^gpu-kit (\S+)$", output, re.M)
+    match = re.search(r"^gpu-kit (\S+) (\S+) (True|False)$", output, re.M)
     if failed or not match:
         reason = _last_line(output)
         raise KitError(f"{python} cannot import torch, and the kit needs torch {wanted} there: {reason}")
-    return match[1]
+    return Torch(match[1], None if match[2] == "None" else match[2], match[3] == "True")
 
 
 def _last_line(output: str) -> str:
@@ -658,26 +689,34 @@ def _run_telling(
     return process.returncode
 
 
-def _finish_venv(kit: Kit, folder: Path, place: Path, before: str) -> int:
+def _finish_venv(kit: Kit, folder: Path, place: Path, before: Torch) -> int:
     code = _check(kit, folder, str(place / "bin" / "python"), before)
     if code == 0:
         with taking_its_place(place / FINISHED) as fresh:
-            fresh.write_text(json.dumps({"kit": kit.name, "torch": before}))
+            fresh.write_text(json.dumps({"kit": kit.name, "torch": before.version}))
         (place / UNFINISHED).unlink(missing_ok=True)
         print(f"use it with: {place}/bin/python")
     return code
 
 
-def _check(kit: Kit, folder: Path, python: str, before: str) -> int:
-    """torch as it was, and every module imports in the kit's version."""
-    after = torch_version(python, folder, kit.torch)
-    if after != before:
-        raise KitError(f"torch was {before} and is {after} for {python}: remove that environment", FAILED)
+def _check(kit: Kit, folder: Path, python: str, before: Torch) -> int:
+    """torch as it was, every module imports in the kit's version, and vLLM's extensions load."""
+    after = torch_facts(python, folder, kit.torch)
+    if after.version != before.version:
+        raise KitError(
+            f"torch was {before.version} and is {after.version} for {python}: remove that environment", FAILED
+        )
     code = (
         "import importlib, importlib.metadata as m\n"
         f"for module, name in {sorted(kit.imports.items())!r}:\n"
         "    importlib.import_module(module)\n"
         "    print('gpu-kit', module, m.version(name), flush=True)\n"
+        "import torch\n"
+        f"for module in {list(kit.extensions)!r}:\n"
+        "    try:\n"
+        "        importlib.import_module(module)\n"
+        "    except ImportError as error:\n"
+        "        print(f'gpu-kit-unloaded {module} does not load: ImportError: {error}', flush=True)\n"
     )
     log = folder / "check.log"
     failed = _run_telling([python, "-c", code], folder, log, Progress("importing", 0))
@@ -688,13 +727,23 @@ def _check(kit: Kit, folder: Path, python: str, before: str) -> int:
         (module, carried.get(normalized(name), "?"), found.get(module, "does not import"))
         for module, name in sorted(kit.imports.items())
     ]
-    print(table(("module", "in the kit", "imported"), [*rows, ("torch", kit.torch, after)]))
+    print(table(("module", "in the kit", "imported"), [*rows, ("torch", kit.torch, after.version)]))
     if failed:
         raise KitError(f"an import failed: {_last_line(output)}\nall of it: {log}", FAILED)
-    log.unlink()
     if others := [module for module, wanted, seen in rows if not same_version(wanted, seen)]:
         raise KitError(f"another version comes first on the path (PYTHONPATH?): {', '.join(others)}", FAILED)
+    _judge_extensions(re.findall(r"^gpu-kit-unloaded (.*)$", output, re.M), after, log)
+    log.unlink()
     return 0
+
+
+def _judge_extensions(unloaded: Sequence[str], torch: Torch, log: Path) -> None:
+    """Without a GPU that is seen, the driver's library may be missing, which an extension asks for."""
+    if unloaded and torch.gpu:
+        raise KitError(f"{'; '.join(unloaded)}\nall of it: {log}", FAILED)
+    if not torch.gpu:
+        told = "; ".join(["torch sees no GPU here, so that nothing was tried that needs one", *unloaded])
+        print(f"gpu-kit: warning: {told}", file=sys.stderr)
 
 
 # The command line

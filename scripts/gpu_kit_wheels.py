@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email import message_from_bytes
 from pathlib import Path
+from typing import IO
 
 import gpu_kit_pins as pins
 import setup_env
@@ -126,6 +127,32 @@ def read_wheel(file: Path) -> Built:
     except (InvalidWheelFilename, InvalidRequirement, zipfile.BadZipFile, StopIteration) as error:
         raise KitError(f"{file} is no whole wheel ({error!r}): remove it and pack again") from None
     return Built(file, normalized(name), str(version), requires)
+
+
+def extensions_of(wheel: Path) -> tuple[tuple[str, ...], str | None]:
+    """vLLM's compiled modules that its platform for CUDA loads first, and the major version of their CUDA.
+
+    The one is ``vllm._C`` or has a name that begins so; ``import vllm`` does not load it. The other is None where they
+    name no runtime library of CUDA, or several.
+    """
+    modules, majors = [], set()
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if match := re.fullmatch(r"vllm/(_C\w*)(\.[\w-]+)?\.so", name):
+                modules.append(f"vllm.{match[1]}")
+                with archive.open(name) as library:
+                    majors |= _cuda_runtimes(library)
+    return tuple(sorted(modules)), majors.pop() if len(majors) == 1 else None
+
+
+def _cuda_runtimes(library: IO[bytes]) -> set[str]:
+    """Major versions of libcudart that are named in a compiled module."""
+    found: set[bytes] = set()
+    end = b""
+    while block := library.read(1 << 20):
+        found.update(re.findall(rb"libcudart\.so\.(\d+)\0", end + block))
+        end = block[-32:]
+    return {major.decode() for major in found}
 
 
 def requirements(ours: Built, wanted: Wanted) -> list[str]:

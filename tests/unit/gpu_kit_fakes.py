@@ -108,13 +108,23 @@ def pack(house: Path, output: Path, *options: str, piece: float = 0.0015) -> Pat
     return output
 
 
-def make_machine(folder: Path, torch: str = f"{TORCH}+cu130", **more: str) -> Path:
+def fake_torch(version: str, gpu: bool = True) -> str:
+    """The source of a torch that says of itself what the check asks, its label telling what it is built for."""
+    cuda = f"{label[2:-1]}.{label[-1]}" if (label := version.partition("+")[2]).startswith("cu") else None
+    return (
+        f"__version__ = {version!r}\nclass version:\n    cuda = {cuda!r}\n"
+        f"class cuda:\n    is_available = staticmethod(lambda: {gpu})\n"
+    )
+
+
+def make_machine(folder: Path, torch: str = f"{TORCH}+cu130", gpu: bool = True, **more: str) -> Path:
     """The Python of a new environment without pip that has a fake torch, and more packages with these versions."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     packages = next(folder.glob("lib/python*/site-packages"))
     for name, version in {"torch": torch, **more}.items():
         (packages / name).mkdir()
-        (packages / name / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        source = fake_torch(version, gpu) if name == "torch" else f"__version__ = {version!r}\n"
+        (packages / name / "__init__.py").write_text(source)
         info = packages / f"{name}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

@@ -8,11 +8,13 @@ import platform
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import gpu_kit_there as there
+import gpu_kit_wheels
 import pytest
-from gpu_kit_fakes import TORCH, make_house, make_machine, make_wheel, pack, real_pip
+from gpu_kit_fakes import TORCH, fake_torch, make_house, make_machine, make_wheel, pack, real_pip
 
 pytestmark = pytest.mark.unit
 
@@ -127,6 +129,53 @@ def test_another_torch_is_refused_before_anything_is_changed(kit, tmp_path, targ
     assert listing(kit).keys() == own | {kit / "gpu_kit_there.py"}
 
 
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """A kit whose vLLM has an extension for CUDA 13 with this source."""
+
+    def make(source: str) -> Path:
+        house = make_house(tmp_path / "house")
+        make_wheel(house, "vllm", files={"vllm/__init__.py": "", "vllm/_C_new.py": source})
+        monkeypatch.setattr(gpu_kit_wheels, "extensions_of", lambda _: (("vllm._C_new",), "13"))
+        return carried(house, tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("torch", "built"), [("cpu", "without CUDA"), ("cu126", "for CUDA 12.6"), ("rocm7.2", "without CUDA")]
+)
+def test_a_torch_for_another_cuda_than_vllms_is_refused(compiled, tmp_path, torch, built):
+    kit = compiled("")
+    process = install(make_machine(tmp_path / "machine", f"{TORCH}+{torch}"), kit)
+    assert process.returncode == there.WRONG_INPUT
+    assert f"torch {TORCH}+{torch} here is built {built}, and the kit's vllm for CUDA 13" in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert not (kit / "venv").exists()
+
+
+def test_an_extension_of_vllm_that_does_not_load_is_a_failure(compiled, tmp_path):
+    kit = compiled("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    process = install(make_machine(tmp_path / "machine"), kit)
+    assert process.returncode == there.FAILED
+    assert "vllm._C_new does not load: ImportError: libcudart.so.13: cannot open shared object file" in process.stderr
+    assert ["vllm", "1.0", "1.0"] in [line.split() for line in process.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("source", ("", "raise ImportError('libcuda.so.1: cannot open shared object file')"))
+def test_without_a_gpu_that_is_seen_an_extension_that_does_not_load_is_a_warning(compiled, tmp_path, source):
+    """The driver's library is not there where the GPU is not."""
+    process = install(make_machine(tmp_path / "machine", gpu=False), compiled(source))
+    assert process.returncode == 0, process.stderr
+    assert "warning: torch sees no GPU here" in process.stderr
+    assert ("vllm._C_new does not load: ImportError: libcuda.so.1" in process.stderr) == bool(source)
+
+
+def test_with_a_gpu_and_an_extension_that_loads_there_is_no_warning(compiled, tmp_path):
+    process = install(make_machine(tmp_path / "machine"), compiled("assert __import__('sys').modules['torch']"))
+    assert (process.returncode, process.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("wanted", "found", "fits"),
     [
@@ -199,7 +248,7 @@ def test_wheels_that_are_not_whole_are_not_installed(kit, machine):
 @pytest.mark.parametrize("target", ("venv", "running"))
 def test_too_little_room_is_told_before_anything_is_changed(kit, monkeypatch, capsys, target):
     """Room for the wheels as they are unpacked."""
-    monkeypatch.setattr(there, "torch_version", lambda *_: TORCH)
+    monkeypatch.setattr(there, "torch_facts", lambda *_: there.Torch(TORCH, "13.0", True))
     monkeypatch.setattr(there, "_install_wheels", lambda *_: pytest.fail("it installs"))
     unpacked = 0
     for wheel in (kit / "wheels").iterdir():
@@ -225,11 +274,11 @@ def test_when_pip_fails_the_venv_is_gone_again(tmp_path, machine):
 
 def test_a_wheel_that_brings_another_torch_is_found_out(tmp_path, machine):
     house = make_house(tmp_path / "house")
-    files = {"ray/__init__.py": "", "torch/__init__.py": "__version__ = '2.13.0'\n"}
+    files = {"ray/__init__.py": "", "torch/__init__.py": fake_torch("2.13.0+cu130")}
     make_wheel(house, "ray", files=files)
     process = install(machine, carried(house, tmp_path))
     assert process.returncode == there.FAILED
-    assert f"torch was {TORCH}+cu130 and is 2.13.0" in process.stderr
+    assert f"torch was {TORCH}+cu130 and is 2.13.0+cu130" in process.stderr
 
 
 def test_an_import_that_fails_is_shown_and_the_next_installation_starts_anew(tmp_path, machine):
@@ -270,7 +319,7 @@ def test_a_folder_that_is_something_else_is_left_alone(kit, machine, tmp_path):
 
 
 def test_an_interrupt_while_pip_runs_leaves_neither_a_venv_nor_a_process(kit, monkeypatch, capsys):
-    monkeypatch.setattr(there, "torch_version", lambda *_: TORCH)
+    monkeypatch.setattr(there, "torch_facts", lambda *_: there.Torch(TORCH, "13.0", True))
     started = []
 
     class Interrupted(subprocess.Popen):

@@ -77,6 +77,27 @@ def test_torch_and_what_comes_with_it_are_never_packed(tmp_path):
     assert manifest(packed)["held"] == ["nvidia-cublas", "nvidia-cudnn-cu13", "torch", "triton"]
 
 
+def test_what_cuda_vllm_was_built_for_is_read_from_its_wheel(tmp_path, capsys):
+    house = make_house(tmp_path / "house")
+    library = "x" * (2**21 - 8) + "\0libcudart.so.13\0" + "x" * 99  # across two blocks
+    files = {"vllm/_C_new.abi3.so": library, "vllm/_moe_C.abi3.so": "libcudart.so.11", "vllm/__init__.py": ""}
+    make_wheel(house, "vllm", requires=[f"torch=={TORCH}"], files=files)
+    packed = pack(house, tmp_path / "kit", piece=55)
+    assert (manifest(packed)["cuda"], manifest(packed)["extensions"]) == ("13", ["vllm._C_new"])
+    assert "vllm is built for CUDA 13" in capsys.readouterr().out
+    assert there.read_manifest(packed / "manifest.json").extensions == ("vllm._C_new",)
+
+
+def test_a_vllm_that_names_no_cuda_is_told(tmp_path, capsys):
+    house = make_house(tmp_path / "house")
+    packed = pack(house, tmp_path / "kit")
+    assert (manifest(packed)["cuda"], manifest(packed)["extensions"]) == (None, [])
+    present = tmp_path / "present"
+    present.write_text(f"vllm==1.0\ntorch=={TORCH}\n")
+    assert "vllm" not in names(pack(house, tmp_path / "kit", "--present", str(present)))
+    assert "no wheel of vllm says what CUDA it is built for" in capsys.readouterr().out
+
+
 def test_what_is_there_and_satisfies_is_left_out(tmp_path):
     house = make_house(tmp_path / "house")
     for name, version in (("numpy", "2.3.5"), ("transformers", "5.9.0"), ("torchvision", "0.26.0")):
