@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ SHARE = 0.28
 
 
 def rollout(settings: Settings) -> dict[str, Any]:
-    """Answer tokens/s; a dtype that vLLM does not run is told in its place. ``peak_bytes`` has the KV cache in it.
+    """Answer tokens/s; a dtype that vLLM does not run is told in its place.
+
+    Memory is no figure here: vLLM fills the share that it is given with its KV cache, whatever the dtype.
 
     Raises:
         SamplingError: vLLM is not installed, or does not even run BF16.
@@ -23,9 +24,8 @@ def rollout(settings: Settings) -> dict[str, Any]:
     from verl_fp16.sampling import Request, Sampler, SamplingError
 
     prompts = token_rows(settings.prompts, settings.prompt_tokens)
-    sides, peaks, failed = {}, {}, {}
+    sides, failed = {}, {}
     for dtype in DTYPES:
-        before = _used(settings.device)
         try:
             sampler = Sampler(
                 Path(settings.model),
@@ -50,10 +50,8 @@ def rollout(settings: Settings) -> dict[str, Any]:
                 pass
 
         once(0)
-        sides[dtype], peaks[dtype] = once, _used(settings.device) - before
+        sides[dtype] = once
     found = throughput(alternated(sides, settings), settings.prompts * settings.answer_tokens, BASE)
-    for name, peak in peaks.items():
-        found["sides"][name]["peak_bytes"] = peak
     found["sides"] |= failed
     return found | {
         "prompts": settings.prompts,
@@ -61,19 +59,3 @@ def rollout(settings: Settings) -> dict[str, Any]:
         "answer_tokens": settings.answer_tokens,
         "gpu_memory_utilization": None if settings.device == "cpu" else SHARE,
     }
-
-
-def _used(device: str) -> int:
-    """Bytes in use on the device, by all processes: vLLM's engines are processes of their own. On a CPU, theirs."""
-    if device != "cpu":
-        import torch
-
-        free, total = torch.cuda.mem_get_info()
-        return total - free
-    import psutil
-
-    resident = 0
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            resident += child.memory_info().rss
-    return resident

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -29,6 +28,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from facts import device_name, driver_version, make_model, model_facts, slug, versions  # noqa: E402
 from measure import TINY, Settings  # noqa: E402
+
+from verl_fp16.run_log import telling_lines  # noqa: E402
+from verl_fp16.supervise import run_supervised  # noqa: E402
 
 PARTS = ("rollout", "log_prob", "update", "sync", "metrics")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,25 +58,23 @@ def measure_part(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def run_part(name: str, settings: Settings, folder: Path) -> dict[str, Any]:
-    """What the part's process found, or ``{"failed": reason}``."""
+    """What the part's process found, or ``{"failed": reason}``. Nothing that it started is left."""
     into, log = folder / f"{name}.json", folder / f"{name}.log"
     given = folder / f"{name}-settings.json"
     given.write_text(json.dumps(asdict(settings)))
     command = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--settings", str(given)]
-    try:
-        with open(log, "w") as out:
-            done = subprocess.run(
-                [*command, "--into", str(into)],
-                env=_environment(settings.device),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                timeout=PART_TIMEOUT_S,
-            )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no result after {PART_TIMEOUT_S} s"}
-    if done.returncode == 0 and into.exists():
+    result = run_supervised(
+        [*command, "--into", str(into)],
+        log_path=log,
+        env=_environment(settings.device),
+        timeout_s=PART_TIMEOUT_S,
+        critical=(),  # a part ends vLLM's engines itself
+    )
+    if result.ok and into.exists():
         return json.loads(into.read_text()) | {"date": date.today().isoformat()}
-    return {"failed": _reason(log, done.returncode)}
+    if result.returncode is None or result.returncode < 0:
+        return {"failed": (result.cause or "it left no result").partition("\n")[0]}
+    return {"failed": _reason(log, result.returncode)}
 
 
 def _environment(device: str) -> dict[str, str]:
@@ -91,10 +91,8 @@ def _environment(device: str) -> dict[str, str]:
 
 
 def _reason(log: Path, code: int) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-    told = (errors or lines or ["it said nothing"])[-1]
-    return f"exit code {code}: {told[:300]}"
+    """The first line of the log that tells of an error, which is the reason, and the last, which ended the part."""
+    return f"exit code {code}: {' ... '.join(telling_lines(log, 2)) or 'it said nothing'}"
 
 
 def failures(parts: dict[str, Any]) -> list[str]:

@@ -11,13 +11,38 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 from measure import Memory, Settings, alternated, durations, join_group_of_one
 
 PLAIN, OURS = "float32, plain verl", "float16"
+# A sync takes seconds.
+SYNC_LIMIT_S = 600
 _HANDLE = "ipc:///tmp/rl-colocate-zmq-{job}-replica-0-rank-0.sock"
+
+
+def while_it_runs(process: subprocess.Popen, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns or raises, which waits for ``process`` without a limit of its own.
+
+    Raises:
+        RuntimeError: the process ended before, or it takes longer than :data:`SYNC_LIMIT_S`; the thread that does the
+            work then ends with this process.
+    """
+    pool = ThreadPool(1)  # of a daemon thread, which keeps nobody from ending
+    result = pool.apply_async(work)
+    pool.close()
+    end = time.monotonic() + SYNC_LIMIT_S
+    while not result.ready():
+        result.wait(0.2)
+        if not result.ready() and process.poll() is not None:
+            raise RuntimeError(f"vLLM ended with exit code {process.returncode} while weights were sent")
+        if not result.ready() and time.monotonic() > end:
+            raise RuntimeError(f"a weight sync took longer than {SYNC_LIMIT_S} s")
+    return result.get()
 
 
 class Receiver:
@@ -36,6 +61,10 @@ class Receiver:
             text=True,
         )
         self._wait("READY")
+
+    def while_it_receives(self, work: Callable[[], Any]) -> Any:
+        """As :func:`while_it_runs`."""
+        return while_it_runs(self._process, work)
 
     def ask(self, method: str, *arguments: str) -> None:
         print(json.dumps([method, *arguments]), file=self._process.stdin, flush=True)
@@ -114,7 +143,7 @@ def _send(engine: Any, receiver: Receiver, settings: Settings, job: str) -> int:
     receiver.ask("update_weights_from_ipc")
     weights, _ = engine.get_per_tensor_param()
     transfer = BucketedWeightSender(_HANDLE.format(job=job), 2048, use_shm=settings.device == "cpu")
-    asyncio.run(transfer.async_send_weights(counted(weights)))
+    receiver.while_it_receives(lambda: asyncio.run(transfer.async_send_weights(counted(weights))))
     receiver.answer()
     return total
 
