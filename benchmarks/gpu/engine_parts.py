@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 from typing import Any
 
 from measure import Memory, Settings, alternated, join_group_of_one, throughput, token_rows
@@ -18,24 +19,50 @@ def _attention(device: str) -> str:
     return "flash_attention_2" if device != "cpu" and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
+FLASH = "flash-attn's cross entropy"
+FUSED = "verl's fused kernels (torch)"
+LOOP = "verl's loop over tokens"
+
+
+def log_prob_way(settings: Settings) -> str:
+    """Where log-probs come from.
+
+    Without flash-attn's cross entropy, or with it switched off, verl computes them in a loop over tokens, one
+    log_softmax each; what is measured then is the launching of small kernels, in every dtype the same. Its fused
+    kernels do without, but not for a model on FSDP2 whose embeddings are not tied: verl (0.9.1) shards the head apart,
+    and they multiply with a shard.
+    """
+    from transformers import AutoConfig
+    from verl.utils import torch_functional
+
+    off = os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") == "1"
+    if settings.device != "cpu" and torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE and not off:
+        return FLASH
+    tied = getattr(AutoConfig.from_pretrained(settings.model), "tie_word_embeddings", False)
+    return FUSED if tied else LOOP
+
+
 def _engine(settings: Settings, dtype: str) -> Any:
     import torch
 
     from verl_fp16 import standalone
 
     torch.manual_seed(0)
+    fused = log_prob_way(settings) == FUSED
     return standalone.build_engine(
         settings.model,
         precision=standalone.mixed_precision(dtype),
         use_remove_padding=True,
         attention=_attention(settings.device),
         optimizer={"lr": 1e-6},
+        model={"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "torch"}} if fused else None,
     )
 
 
 def _told(settings: Settings) -> dict[str, Any]:
     return {
         "attention": _attention(settings.device),
+        "log_probs": log_prob_way(settings),
         "sequences": settings.sequences,
         "tokens_each": settings.tokens,
         "micro_batch": settings.micro_batch,
@@ -48,6 +75,7 @@ def log_prob(settings: Settings) -> dict[str, Any]:
 
     join_group_of_one(settings.device)
     rows = token_rows(settings.sequences, settings.tokens)
+    way = {"use_remove_padding": True, "use_fused_kernels": log_prob_way(settings) == FUSED}
     memory, peaks, sides = Memory(settings.device), {}, {}
     for dtype in DTYPES:
         gc.collect()
@@ -55,7 +83,7 @@ def log_prob(settings: Settings) -> dict[str, Any]:
         engine = _engine(settings, dtype)
 
         def once(_: int, engine: Any = engine) -> None:
-            standalone.teacher_forced_log_probs(engine, rows, settings.micro_batch, use_remove_padding=True)
+            standalone.teacher_forced_log_probs(engine, rows, settings.micro_batch, **way)
 
         once(0)
         peaks[dtype] = memory.peak_of(lambda once=once: once(0)) - before
@@ -70,6 +98,7 @@ def update(settings: Settings) -> dict[str, Any]:
 
     join_group_of_one(settings.device)
     rows = token_rows(settings.sequences, settings.tokens)
+    way = {"use_remove_padding": True, "use_fused_kernels": log_prob_way(settings) == FUSED}
     memory, peaks, sides, engines = Memory(settings.device), {}, {}, {}
     for dtype in DTYPES:
         gc.collect()
@@ -77,7 +106,7 @@ def update(settings: Settings) -> dict[str, Any]:
         engine = engines[dtype] = _engine(settings, dtype)
 
         def once(_: int, engine: Any = engine) -> None:
-            batch = standalone.make_batch(rows, use_remove_padding=True, micro_batch_size=settings.micro_batch)
+            batch = standalone.make_batch(rows, micro_batch_size=settings.micro_batch, **way)
             standalone.train_step(engine, batch)
 
         _until_applied(engine, once)

@@ -53,7 +53,7 @@ def slug(name: str) -> str:
 
 
 def make_model(folder: Path, layers: int, hidden: int, vocabulary: int | None = VOCABULARY) -> None:
-    """Write a random Qwen3 with its tokenizer, seed 0.
+    """Write a random Qwen3 with its tokenizer, seed 0. Tied, since verl's fused kernels need that on FSDP2.
 
     Args:
         hidden: width, a multiple of 128.
@@ -80,6 +80,7 @@ def make_model(folder: Path, layers: int, hidden: int, vocabulary: int | None = 
         "head_dim": HEAD,
         "layer_types": ["full_attention"] * layers,
         "initializer_range": 0.02,
+        "tie_word_embeddings": True,
     }.items():
         setattr(config, name, value)
     torch.manual_seed(0)
