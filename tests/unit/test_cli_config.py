@@ -172,3 +172,17 @@ def test_what_an_override_tore_out_is_one_message(override):
     result = CliRunner().invoke(app, ["config", "+precision=fp16", override])
     assert (result.exit_code, result.exception.__class__) == (2, SystemExit)
     assert "verl_fp16" in result.stderr and "fix:" in result.stderr
+
+
+@pytest.mark.parametrize("options", ((), ("--all",), ("--diff",)))
+def test_a_key_that_verl_does_not_have_is_warned_of(options, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [gsm8k_grpo, _self_]\ntrainer: {total_epoch: 3}\ndata: {train_batchsize: 64}\n")
+    result = CliRunner().invoke(app, ["config", str(path), *options])
+    assert result.exit_code == 0
+    assert "did you mean trainer.total_epochs?" in result.stderr
+    assert "did you mean data.train_batch_size?" in result.stderr
+
+
+def test_without_one_nothing_is_said(tmp_path):
+    assert CliRunner().invoke(app, ["config", "gsm8k_grpo"]).stderr == ""

@@ -23,7 +23,7 @@ def config(
     """Show what a recipe or overrides change, against the installed verl's own configuration.
 
     What the guard would refuse a start for is told too, on stderr; the exit code is 1 then, and 2 where there is no
-    configuration to print.
+    configuration to print. So are keys that verl does not have, as a warning.
 
     Example: verl-fp16 config +precision=fp16
     """
@@ -32,6 +32,7 @@ def config(
     from verl_fp16.installed import VerlNotFound, find_verl
     from verl_fp16.recipe_files import RecipeError, find_recipe
     from verl_fp16.refusal import GuardError
+    from verl_fp16.unknown_keys import unknown_keys
 
     if diff and whole:
         raise fail("--diff and --all exclude each other")
@@ -40,7 +41,7 @@ def config(
         verl = find_verl()
         recipe = find_recipe(recipe_name) if recipe_name else None
         composed = difference.compose(verl.config_dir, overrides, recipe)
-        theirs = {} if whole else difference.compose(verl.config_dir, ()).values
+        theirs = difference.compose(verl.config_dir, ()).values
     except (RecipeError, VerlNotFound, difference.CompositionError, GuardError) as error:
         raise fail(error) from None
     ours = composed.values
@@ -57,7 +58,7 @@ def config(
             print_table(("key", f"verl {verl.version}", "here"), rows)
         if not rows:
             typer.echo("verl-fp16: no difference", err=True)
-    typer.echo(render_warnings(composed.findings), err=True, nl=False)
+    typer.echo(render_warnings([*composed.findings, *unknown_keys(ours, theirs, verl.folder)]), err=True, nl=False)
     if errors(composed.findings):
         typer.echo(render_errors(composed.findings), err=True, nl=False)
         raise typer.Exit(1)
