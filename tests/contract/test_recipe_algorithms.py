@@ -138,6 +138,12 @@ VARIANTS = {
     "truncated, not masked": (paper.grpo_seq_mis, lambda a, n: paper.grpo(a, n, paper.truncated(seq_old(a), 3.0))),
     "masked on both sides": (paper.grpo_seq_mis, lambda a, n: paper.grpo(a, n, masked_on_both_sides(seq_old(a)))),
     "masked on the other side": (paper.grpo_seq_mis, lambda a, n: paper.grpo(a, n, seq_old(a) * (seq_old(a) <= 1 / 3))),
+    "mask of a lower bound": (paper.grpo_seq_mis, lambda a, n: paper.grpo_seq_mis(a, n, 2.9)),
+    "mask of a higher bound": (paper.grpo_seq_mis, lambda a, n: paper.grpo_seq_mis(a, n, 3.1)),
+    "mask of a lower bound in PG": (paper.pg_seq_mis, lambda a, n: paper.pg_seq_mis(a, n, 2.9)),
+    "mask of a higher bound in PG": (paper.pg_seq_mis, lambda a, n: paper.pg_seq_mis(a, n, 3.1)),
+    "truncated far beyond": (paper.pg_seq_is, lambda a, n: paper.pg_seq_tis(a, n, 1e5)),
+    "token truncated far beyond": (paper.pg_token_is, lambda a, n: paper.pg(a, n, token_new(a).clamp(max=1e4))),
     "no truncation": (paper.pg_seq_tis, paper.pg_seq_is),
     "no mask": (paper.pg_seq_mis, paper.pg_seq_is),
     "mask, not clamp": (paper.pg_seq_mis, paper.pg_seq_tis),
@@ -150,6 +156,10 @@ VARIANTS = {
 
 def seq_old(answers: paper.Answers) -> torch.Tensor:
     return paper.sequence_ratio(answers.pi_old, answers.mu, answers.mask)
+
+
+def token_new(answers: paper.Answers) -> torch.Tensor:
+    return paper.ratio(answers.pi, answers.mu)
 
 
 def masked_on_both_sides(weight: torch.Tensor) -> torch.Tensor:
@@ -208,6 +218,14 @@ PLANTED = {
     "mask of the other side": ("cpu_grpo_seq_mis", {f"{CORRECTION}.rollout_rs_threshold": "3_1e300"}),
     "mask of the other side in bypass mode": ("cpu_pg_seq_mis", {f"{CORRECTION}.rollout_rs_threshold": "3_1e300"}),
     "mask of both sides": ("cpu_pg_seq_mis", {f"{CORRECTION}.rollout_rs_threshold": "3"}),
+    "mask of a lower C": ("cpu_grpo_seq_mis", {f"{CORRECTION}.rollout_rs_threshold": "0.345_1e300"}),
+    "mask of a lower C in bypass mode": ("cpu_pg_seq_mis", {f"{CORRECTION}.rollout_rs_threshold": "0.345_1e300"}),
+    "mask of a higher C": ("cpu_grpo_seq_mis", {f"{CORRECTION}.rollout_rs_threshold": "0.32_1e300"}),
+    "mask of a higher C in bypass mode": ("cpu_pg_seq_mis", {f"{CORRECTION}.rollout_rs_threshold": "0.32_1e300"}),
+    "mask far on the other side": ("cpu_grpo_seq_mis", {f"{CORRECTION}.rollout_rs_threshold": f"{1 / 3}_1e3"}),
+    "the same in bypass mode": ("cpu_pg_seq_mis", {f"{CORRECTION}.rollout_rs_threshold": f"{1 / 3}_1e3"}),
+    "truncated far beyond": ("cpu_pg_seq_is", {f"{CORRECTION}.rollout_is_threshold": 1e5}),
+    "token truncated far beyond": ("cpu_pg_token_is", {f"{CORRECTION}.rollout_is_threshold": 1e4}),
     "mask by token": ("cpu_grpo_seq_mis", {f"{CORRECTION}.rollout_rs": "token_k1"}),
     "no constant length": ("cpu_grpo", {f"{LOSS}.loss_scale_factor": None}),
     "no constant length in bypass mode": ("cpu_pg_token_is", {f"{LOSS}.loss_scale_factor": None}),
