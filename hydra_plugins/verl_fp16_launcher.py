@@ -5,6 +5,7 @@ and the hooks. Hydra imports this module in every program of the environment, so
 OmegaConf; the work is in :mod:`verl_fp16.process_sweep`.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,17 +56,22 @@ class VerlFp16ProcessLauncher(Launcher):
             Refused: the runs cannot be started from here, or would write into one folder; nothing was started.
             SystemExit: a run failed (1), or a signal ended the sweep (128 and its number).
         """
-        from verl_fp16 import process_sweep
+        from verl_fp16 import process_sweep, sweep_places
 
-        configs = list(self._configs(job_overrides, initial_job_idx))
         told = process_sweep.what_differs(job_overrides)
-        process_sweep.refuse_shared_checkpoints(told, configs)
+        configs, folders, places = [], [], []
+        for config in self._configs(job_overrides, initial_job_idx):
+            with _answering_from(config):
+                folder = os.path.join(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
+                places.append(sweep_places.places_of(config, folder, os.environ))
+            configs.append(config)
+            folders.append(folder)
+        sweep_places.refuse_shared(told, places)
         program = process_sweep.this_program(sys.executable, sys.orig_argv, sys.argv)
         # As they were given: an interpolation in them is the run's to resolve.
         shared = OmegaConf.to_container(self._config.hydra.overrides.hydra)
         jobs = []
-        for overrides, label, config in zip(job_overrides, told, configs, strict=True):
-            folder = _folder(config)
+        for overrides, label, config, folder in zip(job_overrides, told, configs, folders, strict=True):
             command = process_sweep.command(program, shared, overrides, folder, int(config.hydra.job.num))
             jobs.append(process_sweep.Job(label, folder, command))
         process_sweep.run_in_turn(jobs)
@@ -80,12 +86,13 @@ class VerlFp16ProcessLauncher(Launcher):
             yield config
 
 
-def _folder(config: DictConfig) -> str:
-    """The run's folder; what it is made of may ask for ``${hydra:...}``, which answers from one configuration."""
+@contextlib.contextmanager
+def _answering_from(config: DictConfig) -> Iterator[None]:
+    """``${hydra:...}`` is answered from one configuration for all, here from this run's."""
     instance = HydraConfig.instance()
     before = instance.cfg
     instance.set_config(config)
     try:
-        return os.path.join(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
+        yield
     finally:
         instance.cfg = before

@@ -1,6 +1,6 @@
 """The runs of a sweep, one after the other and each in a process of its own: what is started, and what came of it.
 
-What Hydra's launcher ``verl_fp16_processes`` does. Knows no verl but for the key of its checkpoints' folder.
+What Hydra's launcher ``verl_fp16_processes`` does. Knows no verl.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from verl_fp16.refusal import Refused
 
 CANNOT_START = 126  # as a shell
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_CHECKPOINTS = "trainer.default_local_dir"
 _SET_HERE = ("hydra.mode", "hydra.run.dir", "hydra.job.id", "hydra.job.num")
 
 
@@ -120,37 +118,6 @@ def what_differs(job_overrides: Sequence[Sequence[str]]) -> list[str]:
     """Of each run the overrides that not every run has, in their order; of a single one all."""
     common = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
     return [" ".join(one for one in overrides if one not in common) or "(no override)" for overrides in job_overrides]
-
-
-def refuse_shared_checkpoints(told: Sequence[str], configs: Sequence[Any]) -> None:
-    """Two runs with one folder of checkpoints: verl resumes, and the second would go on from where the first ended.
-
-    Args:
-        told: of each run, for the message.
-        configs: each run's configuration, of verl or of any program.
-
-    Raises:
-        Refused: naming two of them.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    first: dict[str, str] = {}
-    for label, config in zip(told, configs, strict=True):
-        try:
-            folder, every = OmegaConf.select(config, _CHECKPOINTS), OmegaConf.select(config, "trainer.save_freq")
-        except OmegaConfBaseException:  # the run itself tells what is wrong with it
-            continue
-        if not isinstance(folder, str) or not isinstance(every, int) or every <= 0:
-            continue
-        if folder in first:
-            raise Refused(
-                f"verl_fp16: the runs {first[folder]} and {label} would share their checkpoints ({_CHECKPOINTS}="
-                f"{folder}), and the second would go on from the first's. Name them after what is swept, such as "
-                "'trainer.experiment_name=lr-${actor_rollout_ref.actor.optim.lr}' for the learning rate, or keep none "
-                "with trainer.save_freq=-1"
-            )
-        first[folder] = label
 
 
 def run_in_turn(jobs: Sequence[Job]) -> None:

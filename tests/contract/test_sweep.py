@@ -201,18 +201,18 @@ def test_batches_have_no_use_and_are_refused(program):
     assert done.stderr.startswith("verl_fp16: hydra.sweeper.max_batch_size=1 has no use with ")
 
 
-def test_runs_that_would_resume_each_others_checkpoints_are_refused(program):
+def test_runs_that_would_write_into_each_others_folders_are_refused(program):
     (program / "conf" / "base.yaml").write_text(
-        "a: one\nname: same\ntrainer: {default_local_dir: 'checkpoints/${name}', save_freq: 5}\n"
+        "a: one\nname: same\ntrainer: {default_local_dir: 'checkpoints/${name}', save_freq: -1}\n"
     )
-    arguments = ("app.py", "-m", LAUNCHER, "hydra.sweep.dir=out", "a=x,y")
-    done = sweep(program, *arguments)
-    assert done.returncode == 1 and seen(program / "out") == []
-    assert "the runs a=x and a=y would share their checkpoints (trainer.default_local_dir=checkpoints/same)" in (
-        done.stderr
-    )
-    for way_out in ("trainer.save_freq=-1", "name='run-${a}'"):
-        assert sweep(program, *arguments, way_out).returncode == 0
+    arguments = ("app.py", "-m", LAUNCHER, "hydra.sweep.dir=out")
+    for runs in (("a=x,y",), ("a=x,y", "hydra.sweep.subdir=one", "name='run-${a}'"), ("name=./same,same/",)):
+        done = sweep(program, *arguments, *runs)
+        assert done.returncode == 1 and seen(program / "out") == [], runs
+        assert done.stderr.count("would share") == 1 and done.stderr.startswith("verl_fp16: the runs "), done.stderr
+    for way_out in ("name='run-${a}'", "name='run-${hydra:job.num}'"):
+        own = sweep(program, *arguments, "a=x,y", way_out, "hydra.sweep.subdir='${a}'")
+        assert own.returncode == 0, own.stderr
 
 
 def test_a_program_that_changed_its_arguments_is_not_started_with_them():
