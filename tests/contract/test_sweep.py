@@ -157,6 +157,16 @@ def test_a_run_that_fails_keeps_no_other_from_running_and_is_named(program):
     assert done.stderr.splitlines()[-1] == last
 
 
+def test_a_run_that_cannot_be_started_has_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    missing = process_sweep.Job("a=x", "out/0", (str(tmp_path / "none"),))
+    there = process_sweep.Job("a=y", "out/1", (sys.executable, "-c", "open('ran', 'w')"))
+    with pytest.raises(SystemExit, match=r"1 of 2 runs failed: a=x \(exit code 126\)$"):
+        process_sweep.run_in_turn([missing, there])
+    assert (tmp_path / "ran").exists()
+    assert "verl_fp16: a=x cannot be started: No such file or directory\n" in capsys.readouterr().err
+
+
 def test_hydras_options_are_kept(program):
     (program / "extra" / "team").mkdir(parents=True)
     (program / "extra" / "team" / "blue.yaml").write_text("colour: blue\n")
