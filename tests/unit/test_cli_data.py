@@ -73,8 +73,13 @@ def test_the_default_folder_is_the_tasks(tmp_path, monkeypatch, task):
     file = Path("outputs", "data", task, "test.parquet")
     assert f"test\t1\t0\t{file}" in result.stdout.splitlines()
     assert f"for verl: data.val_files={tmp_path / file}" in result.stdout.splitlines(), "for Ray's workers absolute"
-    assert "no train split is here: verl wants data.train_files too" in result.stdout.splitlines()
+    missing = "no train split is here: verl wants data.train_files too; convert another file into the same folder with "
+    assert f"{missing}--split train" in result.stdout.splitlines()
     assert file.exists()
+    save_lines(tmp_path / "more.jsonl", [{"problem": "P?", "answer": {"gsm8k": "#### 1", "math": "1"}[task]}])
+    more = data(task, "more.jsonl", "--split", "train")
+    assert more.exit_code == 0
+    assert "no test split" not in more.stdout, "it lies beside it"
 
 
 def test_the_options_reach_what_they_are_of(tmp_path, out):

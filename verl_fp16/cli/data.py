@@ -112,8 +112,9 @@ def _show(made: Mapping[str, Converted], files: Mapping[str, Path], notes: Itera
     for note in notes:
         typer.echo(note)
     for split, key in FILE_KEYS.items():
-        if split not in made:
-            typer.echo(f"no {split} split is here: verl wants {key} too")
+        if split not in made and not all(file.with_name(f"{split}.parquet").exists() for file in files.values()):
+            way = f"convert another file into the same folder with --split {split}"
+            typer.echo(f"no {split} split is here: verl wants {key} too; {way}")
     typer.echo("for verl: " + " ".join(_override(FILE_KEYS[split], file) for split, file in files.items()))
 
 
