@@ -12,8 +12,12 @@ from pathlib import Path
 def taking_its_place(file: Path) -> Iterator[Path]:
     """Yields where to write; what is there afterwards takes the place of ``file``.
 
-    Where that fails, or is interrupted, ``file`` is as it was and nothing else is left.
+    Where that fails, or is interrupted, ``file`` is as it was and nothing else is left. A device or a pipe, as
+    /dev/null, keeps its place and is written to.
     """
+    if file.exists() and not file.is_file() and not file.is_dir():
+        yield file
+        return
     fresh = file.with_name(f".{file.name}.tmp")
     try:
         yield fresh
