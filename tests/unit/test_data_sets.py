@@ -35,6 +35,13 @@ GSM8K, MATH = TASKS["gsm8k"], TASKS["math"]
         ("#### +3", "3"),
         ("#### 18 dollars", "18"),
         ("#### 25%", "25"),
+        ("#### $5", "5"),
+        ("#### 5 dollars", "5"),
+        ("#### 5 km", "5"),
+        ("#### 5 m", "5"),
+        ("#### 5kg", "5"),
+        ("#### 5 millionaires", "5"),
+        ("#### 5 of a million", "5"),
         ("#### 7\nand 3 more words", "7"),
         ("#### 1\nno, #### 2", "2"),
     ],
@@ -49,6 +56,15 @@ def test_the_number_behind_the_mark(text, number):
 )
 def test_what_is_not_one_number_is_no_answer(text):
     refused("####", number_behind_mark, text)
+
+
+SCALES = "k| k|K dollars|m|M.|thousand| thousand| hundred eggs| Million| million| millions|-million|  billion| trillion"
+
+
+@pytest.mark.parametrize("behind", ("½", " ½", " ¾ cups", " 三", "万", "²", *SCALES.split("|")))
+def test_what_makes_another_number_of_it_is_no_answer(behind):
+    refused("not one number", number_behind_mark, f"#### 3{behind}")
+    refused("not one number", number_behind_mark, f"#### $1,000.5{behind}")
 
 
 @given(st.integers(-(10**12), 10**12), st.sampled_from(["", " apples", ".", "\n", " %"]))

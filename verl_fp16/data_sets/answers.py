@@ -8,6 +8,8 @@ from verl_fp16.data_sets.errors import DataSetError
 
 MARK = "####"
 _NUMBER = re.compile(r"\s*\+?(-?)\s*\$?\s*([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(.*)")
+_SCALED = re.compile(r"(?:[\s-]*(?:hundred|thousand|million|billion|trillion)s?|\s*k|m)\b", re.IGNORECASE)
+"""Directly behind a number; ``5 m`` may be metres, ``5m`` can be anything."""
 _END = re.compile(r"(?<!\\)\$|\\\]|\\\)|\n")
 _SHOWN = 60
 _LONGEST = 300
@@ -22,15 +24,15 @@ def number_behind_mark(text: str) -> str:
     """The number behind the last ``####``, without commas, a plus or a dollar sign, as verl's GSM8K scorer reads it.
 
     Raises:
-        NoAnswer: there is no ``####``, or what stands behind it is not one number, as 1/2 and 10:30 are not: verl's
-            scorer would take 1 and 10 for the answer.
+        NoAnswer: there is no ``####``, or what stands behind it is not one number, as 1/2, 10:30 and 5 million are
+            not: verl's scorer would take 1, 10 and 5 for the answer.
     """
     _, mark, behind = text.rpartition(MARK)
     if not mark:
         raise NoAnswer(f"there is no {MARK} in its answer, {_shown(text)}")
     line = behind.strip().partition("\n")[0]
     found = _NUMBER.fullmatch(line)
-    if found is None or any(character.isdigit() for character in found[3]):
+    if found is None or _SCALED.match(found[3]) or any(character.isnumeric() for character in found[3]):
         raise NoAnswer(f"what is behind {MARK} is not one number, {_shown(line)}")
     return found[1] + found[2].replace(",", "")
 
