@@ -221,6 +221,11 @@ def test_bypass_mode_passes_in_both_places_on_either_trainer(trainer):
     assert check((*both, correction, *trainer)) == []
     assert [finding.key for finding in check((*both, *trainer))] == [f"{CORRECTION}.rollout_is"]
     assert [finding.key for finding in check((both[0], *trainer))] == [both[0].partition("=")[0]]
+    other = correction.replace("token", "sequence")
+    (finding,) = check((*both, other, *trainer))
+    assert (finding.severity, finding.key, finding.value) == ("error", f"{CORRECTION}.rollout_is", "token")
+    assert "rollout_correction.rollout_is, which is sequence" in finding.why
+    assert check((*both, other, *finding.fix, *trainer)) == []
 
 
 def test_temperature_matters_with_raw_log_probs_only():
