@@ -436,6 +436,8 @@ def test_group_filtering_is_refused_where_no_trainer_filters():
         assert (finding.severity, finding.key) == ("error", f"{FILTER}.enable"), more
         assert check((*filtering, *more, *finding.fix), verl=version) == []
         assert check((f"++{FILTER}.enable=false", *more), verl=version) == []
+    for half in (f"{SAMPLER}.path=mine.py", f"{SAMPLER}.name=Mine", f"{SAMPLER}={{path: mine.py, name: ''}}"):
+        assert check((*filtering, half)) == [], "verl takes a custom sampler of a path and a name, or its own"
 
 
 def test_a_bound_on_generated_batches_that_nobody_reads_is_warned_of():

@@ -39,11 +39,6 @@ def bypass_mode(case: Case) -> Iterator[Finding]:
         yield Finding("error", BYPASS, bypass, "must be true or false", (f"{BYPASS}=false",))
 
 
-def _is_v1(case: Case) -> bool:
-    """0.8.0 has the v1 trainer as an entry point of its own, and no ``trainer.use_v1``."""
-    return case.get("trainer.use_v1", False) is True or case.entry.endswith(".main_ppo_sync")
-
-
 def _different_corrections(case: Case) -> Iterator[Finding]:
     wanted, used = case.children("algorithm.rollout_correction"), case.children(CORRECTION)
     for name, value in wanted.items():
@@ -82,10 +77,10 @@ def group_filtering(case: Case) -> Iterator[Finding]:
     if case.verl.startswith("0.8."):
         why = "neither trainer of verl 0.8 filters groups: take verl 0.9 or later, or do without"
         yield Finding("error", f"{FILTER}.enable", True, why, off)
-    elif not _is_v1(case):
+    elif case.get("trainer.use_v1", False) is not True:
         why = "the legacy trainer does not filter groups, only the v1 trainer does"
         yield Finding("error", f"{FILTER}.enable", True, why, ("trainer.use_v1=true",), f"or {FILTER}.enable=false")
-    elif case.get(f"{SAMPLER}.path", None) is not None:
+    elif all(case.get(f"{SAMPLER}.{part}", None) for part in ("path", "name")):  # verl takes its own if one is missing
         why = "a custom sampler takes the place of the replay buffer that filters groups"
         fix = (f"{SAMPLER}.path=null", f"{SAMPLER}.name=null")
         yield Finding("error", f"{FILTER}.enable", True, why, fix, f"or {FILTER}.enable=false")
