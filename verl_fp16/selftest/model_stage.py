@@ -12,8 +12,10 @@ _QUESTIONS = 512
 
 
 def run(spec: dict[str, Any], tell: Callable[[str], object]) -> dict[str, Any]:
-    """Facts: ``parameters`` of the small model, ``longest`` (tokens of the longest prompt of the sums), and of the
-    user's model ``theirs``, a line on it; or ``failed``, why it cannot be used.
+    """Facts: ``parameters`` of the small model, and ``longest`` (tokens of the longest prompt of the sums).
+
+    Of the user's model: ``theirs``, a line on it, None without one; ``values`` of its weights and ``heads`` of its
+    attention, with one. Or ``failed``, why it cannot be used.
 
     Args:
         spec: ``output``, where ``model`` and ``data`` are made; ``model``, the user's, or None.
@@ -46,10 +48,14 @@ def _of_model(path: Path, data: Path, theirs: bool) -> dict[str, Any]:
 
     try:
         model = open_model(path)
-        load_config(model.path)
+        config = load_config(model.path).get_text_config()
         tokenizer = load_tokenizer(model.path)
         longest = max(len(tokens_of(prompt, data, tokenizer)) for prompt in read_prompts(data, None))
     except (ModelError, RowsError) as error:
         return {"failed": str(error)}
-    told = f"{sum(tensor.values for tensor in model.weights) / 1e6:,.1f} M parameters, {model.model_type}"
-    return {"longest": longest, "theirs": told if theirs else None}
+    if not theirs:
+        return {"longest": longest, "theirs": None}
+    values = sum(tensor.values for tensor in model.weights)
+    told = f"{values / 1e6:,.1f} M parameters, {model.model_type}"
+    heads = getattr(config, "num_attention_heads", None)
+    return {"longest": longest, "theirs": told, "values": values, "heads": heads}

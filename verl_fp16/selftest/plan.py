@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 DOCTOR, MODEL, ENGINE, RUN, GAP, THROUGHPUT = "doctor", "model", "engine", "run", "gap", "throughput"
+DEVICE = "device"
+"""Names the row of what is tested, which has no stage."""
 CHOOSABLE = (DOCTOR, ENGINE, RUN, GAP, THROUGHPUT)
 """Those that --only takes; the model is made where a stage needs it."""
 
