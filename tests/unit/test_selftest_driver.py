@@ -141,6 +141,48 @@ def test_what_a_stage_is_told(test_it, tmp_path):
     assert seen["run"]["timeout_s"] < next(one.timeout_s for one in plan.stages(()) if one.name == "run")
 
 
+@pytest.mark.parametrize(
+    ("billions", "gib", "skipped", "reason"),
+    (
+        (1.5, 80, set(), ""),
+        (7.6, 80, {"run"}, "AdamW's state are 57 GiB on each of 2 GPUs of 80 GiB"),
+        (20.0, 80, {"run", "gap", "throughput"}, "does not hold its FP32 weights with a forward, 81 GiB"),
+    ),
+)
+def test_a_users_model_that_does_not_fit_skips_what_cannot_be_run(
+    test_it, tmp_path, monkeypatch, billions, gib, skipped, reason
+):
+    theirs = {**samples.model(), "theirs": "7,600 M parameters", "values": int(billions * 1e9), "heads": 28}
+    plain = asked
+
+    def on_gpus(folder, only):
+        made = plain(folder, only, tmp_path / "m")
+        return dataclasses.replace(made, device="gpu", gpu_names=("H200", "H200"), gpu_bytes=gib * 2**30)
+
+    monkeypatch.setitem(globals(), "asked", on_gpus)
+    rows, facts, _ = test_it(model=theirs, doctor={**samples.doctor(), "device": "gpu"})
+    assert {name for name, row in rows.items() if row.status != PASS} == skipped, rows
+    assert all(row.status == SKIP for name, row in rows.items() if name in skipped)
+    assert not skipped or any(
+        reason in rows[name].reason and "/m does not fit" in rows[name].reason for name in skipped
+    )
+    assert ("run" in facts, "gap" in facts) == ("run" not in skipped, "gap" not in skipped)
+    if "run" in facts:
+        seen = json.loads((tmp_path / "out" / "run.spec-seen").read_text())
+        assert seen["tensor_parallel"] == 1
+
+
+def test_what_the_model_stage_says_of_a_users_model(tiny_model, tmp_path):
+    from verl_fp16.quickstart.task import write_parquet
+    from verl_fp16.selftest import model_stage
+
+    write_parquet(tmp_path / "data", seed=1, train_rows=8, held_out_pairs=4)
+    found = model_stage._of_model(tiny_model, tmp_path / "data" / "train.parquet", theirs=True)
+    assert found["values"] > 1000 and found["heads"] >= 1 and "M parameters" in found["theirs"]
+    small = model_stage._of_model(tiny_model, tmp_path / "data" / "train.parquet", theirs=False)
+    assert small == {"longest": found["longest"], "theirs": None}
+
+
 def test_time_left_grows_where_a_machine_is_slow(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(driver.time, "monotonic", lambda: clock[0])
