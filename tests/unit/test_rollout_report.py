@@ -22,7 +22,9 @@ def worker(monkeypatch):
         model_config=SimpleNamespace(dtype=torch.float16), cache_config=SimpleNamespace(cache_dtype="auto")
     )
     kv_caches = [torch.zeros(1, dtype=torch.float16), [torch.zeros(1, dtype=torch.bfloat16), None]]
-    runner = SimpleNamespace(vllm_config=config, model=model, kv_caches=kv_caches)
+    # With full CUDA graphs, vLLM's runner holds the model in a wrapper that passes attributes on.
+    wrapper = type("CUDAGraphWrapper", (), {"__getattr__": lambda self, name: getattr(model, name)})()
+    runner = SimpleNamespace(vllm_config=config, model=wrapper, get_model=lambda: model, kv_caches=kv_caches)
     return SimpleNamespace(rank=3, model_runner=runner)
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import selftest_samples as samples
 
-from verl_fp16.selftest import driver, plan
+from verl_fp16.selftest import driver, engine_plan, engine_stage, plan
 from verl_fp16.selftest.rows import FAIL, PASS, SKIP
 
 STAGES = ("doctor", "model", "engine", "run", "gap")
@@ -181,6 +181,11 @@ def test_what_the_model_stage_says_of_a_users_model(tiny_model, tmp_path):
     assert found["values"] > 1000 and found["heads"] >= 1 and "M parameters" in found["theirs"]
     small = model_stage._of_model(tiny_model, tmp_path / "data" / "train.parquet", theirs=False)
     assert small == {"longest": found["longest"], "theirs": None}
+
+
+def test_a_stage_outlives_all_that_it_waits_for():
+    (engine,) = (one for one in plan.stages(("engine",)) if one.name == "engine")
+    assert engine.timeout_s >= len(engine_plan.STRATEGIES) * len(engine_stage.PARTS) * engine_stage.RANK_TIMEOUT_S + 30
 
 
 def test_time_left_grows_where_a_machine_is_slow(tmp_path, monkeypatch):

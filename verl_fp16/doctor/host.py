@@ -7,12 +7,14 @@ import platform
 import re
 import resource
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 _ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
+_SMI_S = 20.0
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -62,7 +64,8 @@ def read_host(shm: Path = Path("/dev/shm")) -> Host:
         shm_free=usage.free if usage else None,
         open_files=2**31 if hard == resource.RLIM_INFINITY else hard,
         gpu_device=any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd")),
-        driver=_driver(_text("/proc/driver/nvidia/version")),
+        # Some sandboxes show no /proc/driver.
+        driver=_driver(_text("/proc/driver/nvidia/version")) or _driver_by_nvidia_smi(),
     )
 
 
@@ -75,6 +78,16 @@ def _isa(cpuinfo: str) -> tuple[str, ...]:
 def _driver(text: str) -> str | None:
     match = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", text)
     return match[1] if match else None
+
+
+def _driver_by_nvidia_smi() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    match = re.match(r"\d+(?:\.\d+)+$", said, re.MULTILINE)
+    return match[0] if match else None
 
 
 def _memory_limit() -> float:

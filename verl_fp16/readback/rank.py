@@ -130,9 +130,10 @@ def report_rollout_worker(worker: Any) -> dict[str, Any]:
     runner = worker.model_runner
     config = runner.vllm_config
     kv_caches = list(_tensors(getattr(runner, "kv_caches", ())))
-    parameters = list(runner.model.parameters())
+    model = runner.get_model()  # without what CUDA graphs wrap it in
+    parameters = list(model.parameters())
     fields = {
-        "model": type(runner.model).__name__,
+        "model": type(model).__name__,
         "model_dtype": _name(config.model_config.dtype),
         "parameters": _names(p.dtype for p in parameters),
         "kv_cache": _names(cache.dtype for cache in kv_caches),

@@ -17,7 +17,8 @@ from verl_fp16.run_log import telling_lines
 from verl_fp16.selftest.engine_plan import SEQUENCES, STRATEGIES
 
 PARTS = ("first", "resumed")
-RANK_TIMEOUT_S = 240.0
+RANK_TIMEOUT_S = 180.0
+"""Of each part of each strategy."""
 
 
 class RankFailed(RuntimeError):
