@@ -297,6 +297,13 @@ def test_the_exit_code_is_of_failures_alone():
     assert exit_code([Row("a", PASS, ""), Row("b", FAIL, "")]) == 1
 
 
+def test_other_steps_than_the_wanted_ones_are_no_finished_run():
+    facts = samples.run()
+    facts["steps"]["4"] = facts["steps"].pop("2")
+    (row,) = [row for row in run_rows.run_rows(facts, 3) if row.status == FAIL]
+    assert row.name == "run: finished" and "of 3 steps it logged 1, 3, 4" in row.reason
+
+
 def test_the_gap_of_a_users_model_may_be_larger():
     facts = {**samples.run(), "theirs": True}
     for value, status in ((9e-3, PASS), (1.1e-2, FAIL)):
