@@ -26,9 +26,11 @@ def test_a_machine_that_is_fit_passes_and_nothing_is_left(tmp_path):
     rows = {row["name"]: row for row in found["rows"]}
     assert {row["status"] for row in rows.values()} == {"PASS"}, rows
     stages = {name.split()[0].rstrip(":") for name in rows}
-    assert stages == {"doctor", "model", "engine", "run", "gap", "throughput"}
+    assert stages == {"device", "doctor", "model", "engine", "run", "gap", "throughput"}
     assert "3 steps of GRPO" in rows["run: finished"]["reason"]
     assert "1 actor, 1 rollout" in rows["run: dtypes"]["reason"]
+    assert rows["device"]["reason"].startswith("CPU: ")
+    assert "audited in each of 3 steps; the log-probabilities of a probe are" in rows["run: weight sync"]["reason"]
     assert found["hooks"] and found["versions"]["verl"]
     assert json.loads((tmp_path / "record.json").read_text())["rows"]
     assert "stage 5 of 5, gap" in done.stderr and "left" in done.stderr

@@ -107,19 +107,20 @@ def overrides(spec: dict[str, Any], folder: Path, ray_dir: str) -> list[str]:
         f"data.max_response_length={answer}",
         f"actor_rollout_ref.rollout.max_model_len={max(64, prompt + answer)}",
     ]
-    chosen += _places_in_ray(gpus)
+    chosen += _places_in_ray(gpus, least=16 if gpu else 12)
     if theirs:
         chosen += _for_their_model(prompt + answer, spec["tensor_parallel"])
     return chosen + (_on_a_gpu() if gpu else [])
 
 
-def _places_in_ray(gpus: int) -> list[str]:
+def _places_in_ray(gpus: int, least: int) -> list[str]:
     """As many of Ray's places as processes want one, however few cores there are.
 
-    The trainer waits for ever for a process that has no place. verl reserves three for each GPU.
+    The trainer waits for ever for a process that has no place. verl reserves three for each GPU. Ray begins with a
+    worker for each place: on a CPU, which they share with the trainer, there are no more than in its recipes.
     """
     return [
-        f"ray_kwargs.ray_init.num_cpus={max(16, 3 * gpus + 8)}",
+        f"ray_kwargs.ray_init.num_cpus={max(least, 3 * gpus + 8)}",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "actor_rollout_ref.rollout.agent.num_workers=1",
         "reward.num_workers=1",
