@@ -135,7 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
         refuse_a_part(options.report, found["facts"], found["files"])
         output = options.output or RESULTS / f"gpu-tests-{slug(found['facts']['gpu'])}.json"
         head = {name: found["facts"][name] for name in ("gpu", "driver", "versions", "commit")}
-        _write(output, {**head, "date": found["date"], "files": found["files"]})
+        files = {file: row for file, row in found["files"].items() if file in found["facts"]["files"]}
+        _write(output, {**head, "date": found["date"], "files": files})
     except WrongInput as error:
         print(f"collect_tests.py: {error}", file=sys.stderr)
         return 2

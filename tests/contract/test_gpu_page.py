@@ -225,8 +225,8 @@ def collect(folder: Path, text: str | None) -> subprocess.CompletedProcess:
 
 
 def test_pytests_report_is_counted_by_file(tmp_path):
-    """Also of tests that failed; where and when they ran, the report says itself."""
-    done = collect(tmp_path, report())
+    """Also of tests that failed, and without those of another tier; where and when they ran, the report says itself."""
+    done = collect(tmp_path, report(f'{CASES}<testcase classname="tests.unit.test_other" name="test_a" time="1" />'))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert {name: result[name] for name in HEAD} == HEAD and result.keys() == {*HEAD, "files"}
