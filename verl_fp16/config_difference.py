@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl_fp16 import composition_messages
+from verl_fp16.composition_messages import NO_NAME, one_line
 from verl_fp16.findings import Finding, render_errors
 from verl_fp16.recipe_files import Recipe
 
@@ -80,10 +83,16 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
         first, arguments = _place(config_dir, overrides, recipe)
         with initialize_config_dir(str(first), version_base=None):
             config = hydra_compose(recipe.name if recipe else PLAIN, overrides=arguments)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise CompositionError(" ".join(str(error).split())) from None
+    except yaml.YAMLError as error:
+        raise CompositionError(one_line(str(error))) from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if not isinstance(error, HydraException | OmegaConfBaseException) and NO_NAME not in str(error):
+            raise
+        named = recipe.groups if recipe else {}
+        plain = functools.partial(_plain, config_dir)
+        raise CompositionError(composition_messages.told(error, overrides, tuple(named), plain)) from None
+    driver.refuse_mistyped_flag(config)
     if not driver.is_flag_given(config):
-        driver.refuse_mistyped_flag(config)
         return Composed(_resolved(config), ())
     try:
         _fill_in_role_settings(config)
@@ -92,6 +101,16 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
         found = driver.examine(config)  # all that is wrong, as a start would be told it
         raise GuardError(render_errors(found, driver.declared_pair(config))) from None
     return Composed(_resolved(config), findings)
+
+
+def _plain(config_dir: Path) -> dict[str, Any]:
+    """verl's own configuration, interpolations as written."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(config_dir), version_base=None):
+        return OmegaConf.to_container(hydra_compose(PLAIN), resolve=False)
 
 
 def is_sweep(config_dir: Path, arguments: Sequence[str], recipe: Recipe) -> bool:

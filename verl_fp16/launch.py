@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from verl_fp16.groups import misused_group
 from verl_fp16.installed import EXTERNAL_MODULES, InstalledVerl
 from verl_fp16.recipe_files import Recipe
 
@@ -41,9 +42,11 @@ def plan_launch(recipe: Recipe, arguments: Sequence[str], verl: InstalledVerl, e
     """The launch of a recipe with Hydra's arguments, which are passed on as they are.
 
     Raises:
-        LaunchError: an argument would make Hydra read another configuration than the recipe.
+        LaunchError: an argument would make Hydra read another configuration than the recipe, or misuses a group.
     """
     _refuse_other_config(recipe, arguments)
+    if misused := misused_group(tuple(recipe.groups), arguments):
+        raise LaunchError(misused)
     environment = launch_environment(verl, environ)
     overrides = list(arguments)
     if MODULES_VAR in environment:

@@ -30,6 +30,33 @@ def mistyped_flag(config: Mapping[str, Any], members: Collection[str]) -> tuple[
             return key, value, key.lower()
         if (member := _member(value, members)) and _like_the_flag(key.lower()):
             return key, value, member
+    return _in_a_node(config, members)
+
+
+def mistyped_group(
+    config: Mapping[str, Any], groups: Mapping[str, Collection[str]]
+) -> tuple[str, Any, str, str] | None:
+    """Beside the flag, a key that was meant to be it or another group: (key, value, group, member), or None.
+
+    A key at the top with a name like a group's and one of its members as value. With the very name of another group
+    than the flag's, or one of the flag's other names, it may be the user's own: the rest of the file may refer to it.
+
+    Args:
+        config: the configuration as plain containers, unresolved.
+        groups: group -> its members.
+    """
+    for key, value in config.items():
+        for group, members in groups.items():
+            like = get_close_matches(str(key).lower(), [group], cutoff=0.75) and (key != group or group == GROUP)
+            member = _member(value, members) if like else None
+            if member is not None:
+                return key, value, group, member
+    slip = _in_a_node(config, groups[GROUP])
+    return (slip[0], slip[1], GROUP, slip[2]) if slip else None
+
+
+def _in_a_node(config: Mapping[str, Any], members: Collection[str]) -> tuple[str, Any, str] | None:
+    """The flag's name in one of a few nodes of verl's."""
     for name in _NODES:
         node: Any = config
         for part in name.split("."):

@@ -186,3 +186,49 @@ def test_a_key_that_verl_does_not_have_is_warned_of(options, tmp_path):
 
 def test_without_one_nothing_is_said(tmp_path):
     assert CliRunner().invoke(app, ["config", "gsm8k_grpo"]).stderr == ""
+
+
+SLIPS = {
+    "precision=null": "to drop the group write ~precision",
+    "precision=": "to drop the group write ~precision",
+    "+precision=bf16": "this recipe names the group already: write precision=bf16, without +",
+    "precision=fp17": "did you mean precision=fp16? There are bf16, bf16_train_fp16_rollout, bf16_train_fp32_rollout,",
+    "precision=16": "precision has no member 16: there are bf16, ",
+    "precison=bf16": "did you mean precision=bf16?",
+    "+precison=bf16": "did you mean precision=bf16?",
+    "+trainer.precision=bf16": "did you mean precision=bf16?",
+    "~precison": "did you mean ~precision?",
+    "algo=grpo_seq_miss": "did you mean algo=grpo_seq_mis?",
+    "algoo=dapo": "did you mean algo=dapo?",
+    "+algoo=dapo": "did you mean algo=dapo?",
+    "+base_modle=qwen3_14b": "did you mean base_model=qwen3_14b?",
+    "trainer.total_epoch=3": "did you mean trainer.total_epochs=3? A key of your own: +trainer.total_epoch=3",
+    "~trainer.total_epoch": "did you mean ~trainer.total_epochs?",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), SLIPS.items())
+def test_a_slip_beside_a_recipe_is_one_line_with_what_was_meant(override, message):
+    result = CliRunner().invoke(app, ["config", "gsm8k_grpo", override])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert message in result.stderr
+    assert "search path" not in result.stderr
+
+
+def test_a_misspelt_group_in_a_file_is_named(tmp_path):
+    path = tmp_path / "mine.yaml"
+    for group, hint in (("algoo", "did you mean algo: dapo?"), ("zzz", "precision, hardware, task, algo, base_model")):
+        path.write_text(f"defaults: [ppo_trainer, precision: fp16, {group}: dapo, _self_]\n")
+        result = CliRunner().invoke(app, ["config", str(path)])
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert hint in result.stderr
+
+
+@pytest.mark.parametrize("override", ("+dtype=bf16", "+algo_name=dapo", "+scales=3", "+precision_note=fp16"))
+def test_a_key_of_ones_own_beside_the_flag_is_no_slip(override):
+    assert CliRunner().invoke(app, ["config", "gsm8k_grpo", override]).exit_code == 0
+
+
+def test_a_group_may_be_dropped_and_named_again():
+    result = CliRunner().invoke(app, ["config", "gsm8k_grpo", "~precision"])
+    assert (result.exit_code, "verl_fp16.train_dtype" in result.stdout) == (0, False)

@@ -95,6 +95,16 @@ def test_another_configuration_than_the_recipe_is_refused(flag):
         plan_launch(SHIPPED, [flag], NEW, {})
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    (("+precision=bf16", "write precision=bf16, without +"), ("precision=null", "write ~precision")),
+)
+def test_a_group_that_is_misused_is_told_before_verl_starts(override, message, started):
+    result = invoke("gsm8k_grpo", override)
+    assert (result.exit_code, result.stderr.count("\n"), started) == (2, 1, [])
+    assert message in result.stderr
+
+
 def test_a_further_folder_is_hydras_business_only_where_the_recipe_needs_none(tmp_path):
     assert "--config-dir" in plan_launch(SHIPPED, ["--config-dir", "d"], NEW, {}).command
     with pytest.raises(LaunchError, match="hydra.searchpath"):

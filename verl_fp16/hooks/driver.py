@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -13,10 +12,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_fp16 import guard, plugin
 from verl_fp16.findings import Finding, errors, render_errors, render_warnings
+from verl_fp16.groups import GROUPS, members
 from verl_fp16.guard.algorithm import BYPASS
 from verl_fp16.guard.case import FSDP_SPELLINGS, MODELS, NODE, ROLES, dtype_of
 from verl_fp16.guard.roles import FOLDER, payload
-from verl_fp16.mistyped import GROUP, mistyped_flag
+from verl_fp16.mistyped import GROUP, mistyped_flag, mistyped_group
 from verl_fp16.refusal import GuardError, one_message
 from verl_fp16.settings import Settings, SettingsError
 
@@ -39,6 +39,7 @@ def check_before_start(config: Any) -> None:
             plugin.require_active(verify=True)
             refuse_several_members(config)
             refuse_runs_in_one_process()
+            refuse_mistyped_flag(config)
             guard_start(config)
             keep_tripwire(config)
         else:
@@ -167,16 +168,25 @@ def _unresolved(key: str, error: OmegaConfBaseException) -> Finding:
 def refuse_mistyped_flag(config: Any) -> None:
     """A flag with a slip in its name is a new key of nobody's to Hydra, and the run would be in BF16 without a word.
 
+    So is, beside a flag that is given, another one with a slip or one of the recipes' groups.
+
     Raises:
-        GuardError: naming the key and the flag.
+        GuardError: naming the key and the flag, or the group.
     """
     if not isinstance(config, DictConfig):
         return
-    members = [path.stem for path in (Path(plugin.__file__).parent / "conf" / GROUP).glob("*.yaml")]
-    if slip := mistyped_flag(OmegaConf.to_container(config, resolve=False), members):
-        key, value, member = slip
-        hint = f" In a recipe it goes into the defaults list: - {GROUP}: {member}" if key == GROUP else ""
-        raise GuardError(f"verl_fp16: unknown key {key}={value}: did you mean +{GROUP}={member}?{hint}")
+    container = OmegaConf.to_container(config, resolve=False)
+    if is_flag_given(config):
+        slip = mistyped_group(container, {group: members(group) for group in GROUPS})
+        key, value, group, member = slip or (None,) * 4
+        plus = ""
+    else:
+        slip = mistyped_flag(container, members(GROUP))
+        key, value, member = slip or (None,) * 3
+        group, plus = GROUP, "+"
+    if slip:
+        hint = f" In a recipe it goes into the defaults list: - {group}: {member}" if key == group else ""
+        raise GuardError(f"verl_fp16: unknown key {key}={value}: did you mean {plus}{group}={member}?{hint}")
 
 
 def refuse_several_members(config: DictConfig) -> None:
