@@ -38,7 +38,8 @@ def told(
     if found := _NO_OVERRIDE.search(text):
         return _no_such_key(text, found[1], overrides, plain)
     if found := _NO_DELETION.search(text):
-        return f"~{found[1]}: there is no such key to delete{_question(near_group(found[1]) or _near(found[1], plain), '~')}"
+        meant = near_group(found[1]) or _near(found[1], plain)
+        return f"~{found[1]}: there is no such key to delete{_question(meant, '~')}"
     return one_line(text)
 
 

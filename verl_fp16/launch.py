@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from verl_fp16.groups import misused_group
 from verl_fp16.installed import EXTERNAL_MODULES, InstalledVerl
-from verl_fp16.recipe_files import Recipe
+from verl_fp16.recipe_files import Recipe, require_trainer
 
 MODULES_VAR = "VERL_USE_EXTERNAL_MODULES"
 _MODULES_KEY = f"ray_kwargs.ray_init.runtime_env.env_vars.{MODULES_VAR}"
@@ -43,8 +43,10 @@ def plan_launch(recipe: Recipe, arguments: Sequence[str], verl: InstalledVerl, e
 
     Raises:
         LaunchError: an argument would make Hydra read another configuration than the recipe, or misuses a group.
+        RecipeError: the recipe does not build on verl's configuration.
     """
     _refuse_other_config(recipe, arguments)
+    require_trainer(recipe)
     if misused := misused_group(tuple(recipe.groups), arguments):
         raise LaunchError(misused)
     environment = launch_environment(verl, environ)

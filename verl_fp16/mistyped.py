@@ -47,7 +47,7 @@ def mistyped_group(
     """
     for key, value in config.items():
         for group, members in groups.items():
-            like = get_close_matches(str(key).lower(), [group], cutoff=0.75) and (key != group or group == GROUP)
+            like = get_close_matches(str(key).lower(), [group], cutoff=0.8) and (key != group or group == GROUP)
             member = _member(value, members) if like else None
             if member is not None:
                 return key, value, group, member

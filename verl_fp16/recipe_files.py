@@ -6,8 +6,11 @@ import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
+
+from verl_fp16.groups import GROUPS
 
 _SCALES = {
     "gpus_1": "1 GPU",
@@ -17,6 +20,10 @@ _SCALES = {
     "two_nodes": "2 x 8 GPUs",
     "two_nodes_large": "2 x 8 GPUs",
 }
+
+
+TRAINER = "ppo_trainer"
+"""verl's own configuration, which every recipe builds on."""
 
 
 class RecipeError(ValueError):
@@ -47,17 +54,18 @@ class Recipe:
     @property
     def groups(self) -> dict[str, str]:
         """Group -> member, of the defaults list; {} if there is none that can be read."""
+        entries = (entry for entry in self.defaults or () if isinstance(entry, dict))
+        return {str(group): str(member) for entry in entries for group, member in entry.items()}
+
+    @property
+    def defaults(self) -> tuple[Any, ...] | None:
+        """The defaults list, () if it has none; None if the file is no YAML."""
         try:
             content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
-            return {}
+        except (yaml.YAMLError, OSError):
+            return None
         defaults = content.get("defaults") if isinstance(content, dict) else None
-        return {
-            str(group): str(member)
-            for entry in defaults or ()
-            if isinstance(entry, dict)
-            for group, member in entry.items()
-        }
+        return tuple(defaults) if isinstance(defaults, list) else ()
 
     @property
     def hardware(self) -> str:
@@ -91,33 +99,93 @@ def find_recipe(text: str) -> Recipe:
     near = get_close_matches(text, shipped, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"shipped recipes: {', '.join(shipped)}"
     if Path(f"{text}.yaml").is_file():
-        hint += f" For the file in this folder write ./{text}.yaml"
+        hint = f"for the file in this folder write ./{text}.yaml. Of the shipped ones, {hint}"
     raise RecipeError(f"unknown recipe {text!r}: {hint}")
 
 
 def _own_recipe(text: str) -> Recipe:
     path = Path(text).expanduser().resolve()
     if not path.is_file():
-        raise RecipeError(f"no such recipe file: {path}")
+        hint = f": the shipped recipe is called {path.stem}" if path.stem in shipped_recipes() else ""
+        raise RecipeError(f"no such recipe file: {path}{hint}")
     if path.suffix != ".yaml":
         raise RecipeError(f"{path.name}: Hydra reads files that end in .yaml only; rename it")
+    if path.stem in _verls_names() and path.parent != _verls_folder():
+        raise RecipeError(f"{path}: {path.stem} is verl's own configuration, which the file would hide: rename it")
     return Recipe(path.stem, path, shipped=False)
+
+
+def require_trainer(recipe: Recipe) -> None:
+    """
+    Raises:
+        RecipeError: its defaults list certainly does not lead to verl's own configuration. A group of somebody else's,
+            or a file that is not beside it, might.
+    """
+    if recipe.path.parent != _verls_folder() and not _may_lead_to_trainer(recipe.path, frozenset()):
+        raise RecipeError(
+            f"{recipe.path}: its defaults list lacks `- {TRAINER}`, verl's own configuration: put it first"
+        )
+
+
+def _may_lead_to_trainer(path: Path, above: frozenset[Path]) -> bool:
+    defaults = Recipe(path.stem, path, shipped=False).defaults
+    if defaults is None or path in above:
+        return True  # Hydra tells what is wrong with it
+    for entry in defaults:
+        if isinstance(entry, dict):
+            if any(str(group).removeprefix("override ").strip() not in GROUPS for group in entry):
+                return True
+        elif entry != "_self_":
+            beside = path.parent / f"{entry}.yaml"
+            if not beside.is_file() or _may_lead_to_trainer(beside, above | {path}):
+                return True
+    return False
+
+
+def _verls_folder() -> Path | None:
+    from verl_fp16.installed import VerlNotFound, find_verl
+
+    try:
+        return find_verl().config_dir.resolve()
+    except VerlNotFound:
+        return None
+
+
+def _verls_names() -> set[str]:
+    """The names of verl's own configurations, of which one is known also where there is no verl."""
+    folder = _verls_folder()
+    return {TRAINER, *(path.stem for path in folder.glob("*.yaml"))} if folder else {TRAINER}
 
 
 def copy_recipe(name: str, destination: str, *, force: bool = False) -> Path:
     """Copy a shipped recipe to a file, or into a folder under its own name; returns the file.
 
     Raises:
-        RecipeError: unknown name, a file that is there already (unless ``force``), or a name that Hydra cannot read.
+        RecipeError: unknown name, a file that is there already (unless ``force``), a folder that cannot be made, or a
+            name that Hydra cannot read or that is verl's.
     """
-    recipe = find_recipe(name)
+    recipe = _shipped_recipe(name)
     target = Path(destination).expanduser()
     if target.is_dir() or destination.endswith(os.sep):
         target = target / recipe.path.name
     if target.suffix != ".yaml":
         raise RecipeError(f"{target}: Hydra reads files that end in .yaml only; call it {target.name}.yaml")
+    if target.stem in _verls_names():
+        raise RecipeError(f"{target}: {target.stem} is verl's own configuration, which the copy would hide: rename it")
     if target.exists() and not force:
         raise RecipeError(f"{target} is there already: choose another name, or overwrite it with --force")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(recipe.path.read_bytes())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(recipe.path.read_bytes())
+    except OSError as error:
+        what = "write" if target.parent.is_dir() else "make the folder"
+        place = target if target.parent.is_dir() else target.parent
+        raise RecipeError(f"cannot {what} {place}: {error.strerror}; choose another place") from None
     return target
+
+
+def _shipped_recipe(name: str) -> Recipe:
+    stem = name.removesuffix(".yaml")
+    if is_path(name) and not Path(name).exists() and stem in shipped_recipes():
+        raise RecipeError(f"unknown recipe {name!r}: the shipped recipe is called {stem}")
+    return find_recipe(name)

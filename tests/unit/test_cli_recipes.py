@@ -100,3 +100,68 @@ def test_what_is_no_recipe_is_refused_with_the_way_out(text, message, tmp_path, 
     with pytest.raises(recipe_files.RecipeError) as caught:
         recipe_files.find_recipe(text)
     assert message in str(caught.value)
+
+
+def test_the_file_hint_goes_before_the_shipped_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(recipe_files.RecipeError, match="unknown recipe 'mine': for the file in this folder write"):
+        recipe_files.find_recipe("mine")
+
+
+def test_a_shipped_name_with_an_ending_is_told_without_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("recipes", "copy", "gsm8k_grpo.yaml", "x.yaml")
+    assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert "the shipped recipe is called gsm8k_grpo" in result.stderr
+    with pytest.raises(recipe_files.RecipeError, match="the shipped recipe is called gsm8k_grpo"):
+        recipe_files.find_recipe("gsm8k_grpo.yaml")
+
+
+def test_a_place_that_cannot_be_written_is_told_in_words(tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("/proc/x/mine.yaml", str(tmp_path / "file" / "mine.yaml")):
+        result = invoke("recipes", "copy", "gsm8k_grpo", place)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert f"cannot make the folder {Path(place).parent}: " in result.stderr
+        assert "choose another place" in result.stderr and "Errno" not in result.stderr
+
+
+def test_a_name_of_verls_own_is_refused(tmp_path):
+    path = tmp_path / "ppo_trainer.yaml"
+    result = invoke("recipes", "copy", "gsm8k_grpo", str(path))
+    assert (result.exit_code, path.exists()) == (2, False)
+    assert "ppo_trainer is verl's own configuration" in result.stderr
+    path.write_text("defaults: [ppo_trainer, precision: fp16, _self_]\n")
+    for command in ("config", "run"):
+        result = invoke(command, str(path))
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert "rename it" in result.stderr
+
+
+LACKING = (
+    "defaults: [precision: fp16, algo: grpo, _self_]\n",
+    "defaults: [_self_]\ntrainer: {nnodes: 1}\n",
+    "defaults: [base, precision: fp16]\n",
+    "trainer: {nnodes: 1}\n",
+    "",
+)
+
+
+@pytest.mark.parametrize("text", LACKING)
+def test_a_recipe_without_verls_configuration_is_told_only_that(text, tmp_path):
+    (tmp_path / "base.yaml").write_text("defaults: [task: gsm8k]\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    for command in ("config", "run"):
+        result = invoke(command, str(path))
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert "its defaults list lacks `- ppo_trainer`" in result.stderr
+
+
+@pytest.mark.parametrize("first", ("ppo_trainer", "gsm8k_grpo", "base", "their/group", "{their: group}", "mine"))
+def test_what_may_lead_to_verls_configuration_is_let_through(first, tmp_path):
+    (tmp_path / "base.yaml").write_text("defaults: [ppo_trainer]\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"defaults: [{first}, precision: fp16, _self_]\n")
+    recipe_files.require_trainer(recipe_files.find_recipe(str(path)))

@@ -38,7 +38,7 @@ def started(monkeypatch):
 
 
 def test_hydra_arguments_pass_through_untouched_and_in_order(started):
-    arguments = ["+hardware=cpu", "~data.seed", "--cfg", "job", "-p", "trainer", "--resolve", "a='b, c'", "+x={y: 1}"]
+    arguments = ["+mine=cpu", "~data.seed", "--cfg", "job", "-p", "trainer", "--resolve", "a='b, c'", "+x={y: 1}"]
     assert invoke("quickstart", *arguments).exit_code == 0
     command, environment = started.pop()
     assert tuple(command) == (*LAUNCHER, "--config-name", "quickstart", *arguments)

@@ -30,7 +30,7 @@ def config(
     from verl_fp16 import config_difference as difference
     from verl_fp16.findings import errors, render_errors, render_warnings
     from verl_fp16.installed import VerlNotFound, find_verl
-    from verl_fp16.recipe_files import RecipeError, find_recipe
+    from verl_fp16.recipe_files import RecipeError, find_recipe, require_trainer
     from verl_fp16.refusal import GuardError
     from verl_fp16.unknown_keys import unknown_keys
 
@@ -40,6 +40,8 @@ def config(
     try:
         verl = find_verl()
         recipe = find_recipe(recipe_name) if recipe_name else None
+        if recipe is not None:
+            require_trainer(recipe)
         composed = difference.compose(verl.config_dir, overrides, recipe)
         theirs = difference.compose(verl.config_dir, ()).values
     except (RecipeError, VerlNotFound, difference.CompositionError, GuardError) as error:
