@@ -80,7 +80,7 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
     from verl_fp16.settings import SettingsError
 
     try:
-        first, arguments = _place(config_dir, overrides, recipe)
+        first, arguments = place(config_dir, overrides, recipe)
         with initialize_config_dir(str(first), version_base=None):
             config = hydra_compose(recipe.name if recipe else PLAIN, overrides=arguments)
     except yaml.YAMLError as error:
@@ -113,35 +113,7 @@ def _plain(config_dir: Path) -> dict[str, Any]:
         return OmegaConf.to_container(hydra_compose(PLAIN), resolve=False)
 
 
-def is_sweep(config_dir: Path, arguments: Sequence[str], recipe: Recipe) -> bool:
-    """Whether verl's launcher would start several runs with ``arguments``: by an option, an override or the recipe.
-
-    What Hydra cannot compose or read is no sweep here: the launcher tells what is wrong with it.
-    """
-    from argparse import ArgumentError
-
-    import yaml
-    from hydra import initialize_config_dir
-    from hydra._internal.utils import get_args_parser  # what verl's launcher reads them with, abbreviations and all
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.types import RunMode
-
-    parser = get_args_parser()
-    parser.exit_on_error = False
-    try:
-        given, _ = parser.parse_known_args(list(arguments))
-        first, overrides = _place(config_dir, given.overrides, recipe)
-    except (ArgumentError, yaml.YAMLError):
-        return False
-    if given.multirun:
-        return True
-    with initialize_config_dir(str(first), version_base=None):
-        mode = GlobalHydra.instance().hydra.get_mode(recipe.name, overrides)
-    # None also where a folder of --config-dir, which is not looked in here, is needed.
-    return mode == RunMode.MULTIRUN or (mode is None and "hydra.mode=MULTIRUN" in overrides)
-
-
-def _place(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None) -> tuple[Path, list[str]]:
+def place(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None) -> tuple[Path, list[str]]:
     """The folder that Hydra looks in first, and the overrides with the others.
 
     Raises:

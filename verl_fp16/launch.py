@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from verl_fp16.groups import misused_group
+from verl_fp16.hydra_options import exclusive_options
 from verl_fp16.installed import EXTERNAL_MODULES, InstalledVerl
 from verl_fp16.recipe_files import Recipe, require_trainer
 
@@ -49,6 +50,8 @@ def plan_launch(recipe: Recipe, arguments: Sequence[str], verl: InstalledVerl, e
     require_trainer(recipe)
     if misused := misused_group(tuple(recipe.groups), arguments):
         raise LaunchError(misused)
+    if clash := exclusive_options(arguments):
+        raise LaunchError(f"{' and '.join(clash)} exclude each other: a start has one of them. Leave the others out")
     environment = launch_environment(verl, environ)
     overrides = list(arguments)
     if MODULES_VAR in environment:

@@ -45,10 +45,54 @@ def test_hydra_arguments_pass_through_untouched_and_in_order(started):
     assert environment == dict(os.environ)
 
 
-def test_our_options_may_stand_anywhere(started):
-    result = invoke("quickstart", "a=1", "--dry-run", "--cfg", "job")
-    assert shlex.split(result.stdout)[-3:] == ["a=1", "--cfg", "job"]
-    assert started == []
+def test_our_options_may_stand_anywhere(started, monkeypatch):
+    monkeypatch.setattr(installed, "find_verl", REAL_VERL)
+    result = invoke("quickstart", "data.seed=1", "--dry-run", "--cfg", "job")
+    assert shlex.split(result.stdout)[-3:] == ["data.seed=1", "--cfg", "job"]
+    assert (started, result.stderr) == ([], "")
+
+
+DRY_RUN_REFUSALS = (
+    (("algo=grpo_seq_miss",), "did you mean algo=grpo_seq_mis?"),
+    (("unknown.key=1",), "verl's configuration has no such key"),
+    (("actor_rollout_ref.rollout.dtype=float32",), "1 setting contradicts the precision flag"),
+    (("+precison=bf16",), "did you mean precision=bf16?"),
+    (("--cfg", "nothing"), "Hydra does not take the options --cfg"),
+    (("-m", "precision=fp16,fp17"), "precision=fp17: In 'gsm8k_grpo': there is no precision=fp17"),
+)
+
+
+@pytest.mark.parametrize(("arguments", "message"), DRY_RUN_REFUSALS)
+def test_a_dry_run_says_what_a_start_would_be_refused_for(arguments, message, started, monkeypatch):
+    monkeypatch.setattr(installed, "find_verl", REAL_VERL)
+    result = invoke("gsm8k_grpo", *arguments, "--dry-run")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_dry_run_warns_as_config_does(started, monkeypatch):
+    monkeypatch.setattr(installed, "find_verl", REAL_VERL)
+    result = invoke("gsm8k_grpo", "+trainer.total_epoch=3", "--dry-run")
+    assert result.exit_code == 0
+    assert "did you mean trainer.total_epochs?" in result.stderr
+
+
+def test_a_dry_run_of_a_sweep_lists_its_runs(started, monkeypatch):
+    monkeypatch.setattr(installed, "find_verl", REAL_VERL)
+    result = invoke("precision_ablation", "--dry-run")
+    assert (result.exit_code, "a sweep of 5 runs" in result.stderr) == (0, True)
+    listed = [line.split()[1] for line in result.stderr.splitlines()[1:]]
+    members = ("fp16", "bf16", "bf16_train_fp16_rollout", "bf16_train_fp32_rollout", "fp32")
+    assert listed == [f"precision={member}" for member in members]
+    assert "sweep" not in invoke("precision_ablation", "hydra.mode=RUN", "--dry-run").stderr
+    assert "sweep" not in invoke("precision_ablation", "--cfg", "job", "--dry-run").stderr
+
+
+@pytest.mark.parametrize("arguments", (("--multirun", "--cfg", "job"), ("-m", "--info"), ("--cfg=job", "--run")))
+def test_options_of_hydras_that_exclude_each_other_are_one_line(arguments, started):
+    result = invoke("gsm8k_grpo", *arguments)
+    assert (result.exit_code, result.stderr.count("\n"), started) == (2, 1, [])
+    assert "exclude each other" in result.stderr
 
 
 def test_after_two_dashes_everything_is_hydras(started):
@@ -178,8 +222,13 @@ def test_a_file_that_builds_on_a_sweep_is_one_and_a_run_of_a_sweep_is_none(tmp_p
 
 @pytest.mark.parametrize("arguments", (["--cfg", "nothing"], ["unknown.key=1"], ["a=[1"]))
 def test_what_hydra_cannot_read_is_left_for_it_to_tell(arguments, started, monkeypatch):
+    import verl_fp16.cli.run as run
+
+    supervised = []
+    monkeypatch.setattr(run, "_run_supervised", lambda command, *_: supervised.append(command) or 0)
     monkeypatch.setattr(installed, "find_verl", REAL_VERL)
-    assert invoke("quickstart", *arguments, "--supervised", "--dry-run").exit_code == 0
+    assert invoke("quickstart", *arguments, "--supervised").exit_code == 0
+    assert list(supervised[0])[-len(arguments) :] == arguments
 
 
 def planted_verl(folder: Path, version: str) -> Path:

@@ -32,7 +32,10 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="OVERRIDE", help="Hydra overrides and options, passed on as they are.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print command and environment, start nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check as `config` does, print the command and what it runs; start nothing."),
+    ] = False,
     supervised: Annotated[
         bool,
         typer.Option("--supervised", help="End the run if a worker dies; leave no process or shared memory behind."),
@@ -63,6 +66,7 @@ def run(
     if supervised:
         _refuse_sweep(found, overrides or (), verl)
     if dry_run:
+        _rehearse(found, overrides or (), verl)
         typer.echo(launch.as_shell())
         return
     environment = {**os.environ, **launch.environment}
@@ -76,13 +80,34 @@ def run(
 
 
 def _refuse_sweep(recipe: Recipe, overrides: Sequence[str], verl: InstalledVerl) -> None:
-    from verl_fp16.config_difference import is_sweep
+    from verl_fp16.hydra_options import is_sweep
 
     if is_sweep(verl.config_dir, overrides, recipe):
         raise fail(
             "--supervised watches one run and would take the end of a sweep's first for a death: leave --supervised "
             "out, or start one of the runs, without --multirun and with hydra.mode=RUN"
         )
+
+
+def _rehearse(recipe: Recipe, overrides: Sequence[str], verl: InstalledVerl) -> None:
+    """Tell what would be refused or warned of, and the runs of a sweep, on stderr."""
+    from verl_fp16.config_difference import CompositionError
+    from verl_fp16.dry_run import rehearse
+    from verl_fp16.findings import render_warnings
+    from verl_fp16.refusal import GuardError
+
+    if any(argument.startswith(("--config-d", "-cd")) for argument in overrides):
+        typer.echo("verl-fp16: not checked: what is in the folder of --config-dir is Hydra's to find", err=True)
+        return
+    try:
+        rehearsal = rehearse(verl, overrides, recipe)
+    except (CompositionError, GuardError) as error:
+        raise fail(error) from None
+    typer.echo(render_warnings(rehearsal.warnings), err=True, nl=False)
+    if rehearsal.runs:
+        typer.echo(f"verl-fp16: a sweep of {len(rehearsal.runs)} runs, one after the other:", err=True)
+        for number, run in enumerate(rehearsal.runs, 1):
+            typer.echo(f"  {number}. {run}", err=True)
 
 
 def _run_supervised(command: tuple[str, ...], environment: dict[str, str], log: Path, timeout: float | None) -> int:
