@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 _TAIL_BYTES = 1 << 20
 _LINE_CHARS = 300
@@ -11,10 +12,16 @@ _LINE_CHARS = 300
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _SOURCE = re.compile(r"^\(([\w:.<>]+)(?: pid=\d+)?[^)]*\)\s?")
 _NOISE = re.compile(r"\s*\[repeated \d+x across cluster\].*|\b\w+ ID: [0-9a-f]{16,}\s?|\s*\(Ray deduplicates logs.*")
-_HARMLESS = re.compile(r"^(?:DEBUG|INFO|WARNING)\b")
+_HARMLESS = re.compile(r"^(?:[\[(]?[\d:,. T/-]{8,}[\])]?[ -]*)?(?:DEBUG|INFO|WARNING)\b|^\S+:\d+: \w*Warning: ")
+# A line of the configuration that verl prints before it starts: 'key': value, or a value that goes on.
+_CONFIGURATION = re.compile(r"^[{\[]*'[^']*'(?::|[,\]}]+$)")
+_TRACEBACK, _IGNORED = "Traceback (most recent call last)", "Exception ignored in"
+_DIED = re.compile(r"(?:is|are|was) dead|\bdied\b|(?:Died|Dead|Unavailable|Crashed)Error")
 _LOG_HEAD = re.compile(r"^(?:ERROR|CRITICAL)\b[^\]]{0,80}\]\s*")
+_EXCEPTION = r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Stopped)(?:\([\w.]+\))?(?::|$)"
+_RAISED = re.compile(_EXCEPTION)
 _TELLING = re.compile(
-    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Stopped)(?:\([\w.]+\))?(?::|$)"
+    rf"{_EXCEPTION}"
     r"|CUDA (?:error|out of memory|driver)|device-side assert|NCCL (?:error|failure)|[Oo]ut of memory|OOM[- ]?kill"
     r"|(?:actor|worker) (?:is dead|died)|[Tt]he actor .*died|node (?:is dead|died)|EngineDeadError"
     r"|Fatal Python error|Segmentation fault|Bus error|core dumped|^Killed|No space left on device"
@@ -36,24 +43,53 @@ def telling_lines(
     Returns:
         At most `n` lines of at most 300 characters.
     """
+    telling: dict[str, str] = {}
+    last: list[str] = []
+    for source, line in _lines(log_path, since):
+        line = _LOG_HEAD.sub("", line)
+        if _HARMLESS.match(line) or _CONFIGURATION.match(line):
+            continue
+        shown = _shortened(f"{source}: {line}" if source else line)
+        last = [*last, shown][-n:]
+        if _TELLING.search(line):
+            telling.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "#", line), shown)
+    lines = list(telling.values()) or ([] if errors_only else last)
+    return lines if len(lines) <= n else lines[: n // 2] + lines[len(lines) - (n - n // 2) :]
+
+
+def last_error(log_path: str | os.PathLike[str]) -> str | None:
+    """The line of the exception that the command itself was ended by, and not one of its workers; None without one."""
+    error, within, ignored = None, False, False
+    for source, line in _lines(log_path):
+        if source:
+            continue
+        ignored = ignored or line.startswith(_IGNORED)
+        within = within or line.startswith(_TRACEBACK)
+        if within and _RAISED.match(line):
+            error = error if ignored else _shortened(line)
+            within, ignored = not ignored, False
+    return error
+
+
+def tells_of_death(error: str) -> bool:
+    """Whether an exception says that another process of the run is gone."""
+    return _DIED.search(error) is not None
+
+
+def _lines(log_path: str | os.PathLike[str], since: int = 0) -> Iterator[tuple[str, str]]:
+    """Who wrote a line, "" for the command itself, and the line; from a byte on, of the last megabyte, no empty one."""
     try:
         with open(log_path, "rb") as log:
             log.seek(max(since, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
             text = log.read(_TAIL_BYTES).decode(errors="replace")
     except OSError:
-        return []
-    telling: dict[str, str] = {}
-    last: list[str] = []
+        return
     for raw in _ANSI.sub("", text).splitlines():
         source = _SOURCE.match(raw)
         line = _NOISE.sub("", raw[source.end() :] if source else raw).strip()
-        line = _LOG_HEAD.sub("", line)
-        if not line:
-            continue
-        shown = f"{source.group(1)}: {line}" if source else line
-        shown = shown if len(shown) <= _LINE_CHARS else shown[: _LINE_CHARS - 3] + "..."
-        last = [*last, shown][-n:]
-        if _TELLING.search(line) and not _HARMLESS.match(line):
-            telling.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "#", line), shown)
-    lines = list(telling.values()) or ([] if errors_only else last)
-    return lines if len(lines) <= n else lines[: n // 2] + lines[len(lines) - (n - n // 2) :]
+        if line:
+            yield source.group(1) if source else "", line
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _LINE_CHARS else line[: _LINE_CHARS - 3] + "..."

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from verl_fp16.leftovers import other_run_is_alive, remove_shared_memory, shared_memory_files
-from verl_fp16.run_log import telling_lines
+from verl_fp16.run_log import last_error, telling_lines, tells_of_death
 
 CRITICAL: tuple[str, ...] = (
     r"ray::.*WorkerDict",
@@ -119,6 +119,7 @@ def run_supervised(
     removed: list[str] = []
     left: list[psutil.Process] = []
     cause: str | None = None
+    failed_first = False  # whether the command's own error was there when the first worker went
     with _signals_noted() as noted, _subreaper():
         tree = _Tree(critical)
         started = time.monotonic()
@@ -133,6 +134,7 @@ def run_supervised(
                 start_new_session=True,
             )
         tree.adopt_main(process)
+        lost: float | None = None
         growth = _Growth([log, *map(Path, heartbeat_paths)])
         try:
             while process.poll() is None and cause is None and not noted:
@@ -141,7 +143,9 @@ def run_supervised(
                     on_tick()
                 seconds = time.monotonic() - started
                 silent_s = growth.silent_s()
-                lost = tree.lost_for()
+                was_lost, lost = lost, tree.lost_for()
+                if was_lost is None and lost is not None:
+                    failed_first = last_error(log) is not None
                 if timeout_s is not None and seconds > timeout_s:
                     cause = f"the run took longer than {timeout_s:g} s and was ended"
                 elif stall_timeout_s is not None and silent_s > stall_timeout_s:
@@ -154,9 +158,7 @@ def run_supervised(
         finally:
             seconds = time.monotonic() - started
             if process.returncode is not None and cause is None and process.returncode != 0:
-                cause = f"the command {_exit_text(process.returncode)}"
-                if tree.lost_for() is not None:
-                    cause += f"; before, {tree.lost_text()}"
+                cause = _end_text(process.returncode, last_error(log), tree, failed_first)
             # Ending the run makes it log errors of its own, which are not the reason.
             quoted = telling_lines(log) if cause is not None else []
             left = tree.end(process, end_grace_s, hurry=lambda: len(noted) > 1)
@@ -170,8 +172,18 @@ def run_supervised(
             raise KeyboardInterrupt
         raise SystemExit(128 + noted[0])
     if cause is not None:
-        cause = "\n".join([cause, *(f"  {line}" for line in quoted)])
+        cause = "\n".join([cause, *(f"  {line}" for line in quoted if not cause.startswith(line))])
     return RunResult(process.returncode, seconds, cause, log, tuple(removed), tuple(_label(p) for p in left))
+
+
+def _end_text(code: int, error: str | None, tree: _Tree, failed_first: bool) -> str:
+    """Why the command ended by itself: its own exception first, as far as there is one."""
+    end = f"the command {_exit_text(code)}"
+    # Workers that went after an error of the command's own were ended by it.
+    after = failed_first and error is not None and not tells_of_death(error)
+    if tree.lost_for() is not None and not after:
+        end += f"; before, {tree.lost_text()}"
+    return f"{error} ({end})" if error is not None and code > 0 else end
 
 
 class _Tree:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from verl_fp16.leftovers import ray_temp_dir
-from verl_fp16.run_log import telling_lines
+from verl_fp16.run_log import last_error, telling_lines
 from verl_fp16.supervise import RunResult, run_supervised
 
 pytestmark = pytest.mark.unit
@@ -220,6 +220,34 @@ def test_a_worker_lost_before_a_failure_is_named(tmp_path):
     assert cause.startswith("the command ended with exit code 1; before, worker ray::WorkerDict (pid ")
 
 
+FAILING = HANGING.replace(
+    "time.sleep(300)\n",
+    """time.sleep(1.2)
+import traceback
+try:
+    open("/no/such/train.parquet")
+except OSError:
+    traceback.print_exc()
+worker.terminate()
+time.sleep(0.4)
+sys.exit(1)
+""",
+)
+
+
+def test_the_commands_own_error_goes_first_and_workers_that_left_after_it_are_not_named(tmp_path):
+    first, *quoted = supervised(tmp_path, FAILING, tmp_path / "pid").cause.splitlines()
+    error = "FileNotFoundError: [Errno 2] No such file or directory: '/no/such/train.parquet'"
+    assert first == f"{error} (the command ended with exit code 1)"
+    assert quoted == ["  RuntimeError: CUDA error: an illegal memory access"]
+
+
+def test_an_error_that_tells_of_a_lost_worker_goes_before_its_name(tmp_path):
+    code = FAILING.replace('open("/no/such/train.parquet")', 'raise OSError("The actor died")')
+    first = supervised(tmp_path, code, tmp_path / "pid").cause.splitlines()[0]
+    assert first.startswith("OSError: The actor died (the command ended with exit code 1; before, worker ray::Worker")
+
+
 def test_workers_that_go_first_are_a_normal_end(tmp_path):
     code = f"""
 import subprocess, sys, time
@@ -339,6 +367,44 @@ def test_telling_lines_of_a_ray_traceback(tmp_path):
         "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR",
     ]
     assert [line[:16] for line in telling_lines(log, 2)] == ["WorkerDict: torc", "The actor is dea"]
+
+
+PRINTED = """\
+(TaskRunner pid=1)   'save_path': 'outputs/profile out of memory',
+(TaskRunner pid=1) {'actor_rollout_ref': {'actor': {'note': 'CUDA error'},
+2026-11-22 20:11:55,120 WARNING worker.py:12 -- RuntimeError: not the cause, worker died
+WARNING:2026-11-22 20:11:55,120:CUDA error mentioned
+/usr/lib/python3/x.py:12: UserWarning: Out of memory is possible
+"""
+
+
+def test_warnings_and_the_printed_configuration_are_not_telling(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(PRINTED + "(TaskRunner pid=1) ValueError: the cause\n")
+    assert telling_lines(log) == ["TaskRunner: ValueError: the cause"]
+    log.write_text(PRINTED + "the end\n")
+    assert telling_lines(log) == ["the end"]
+
+
+DRIVER = """\
+Error executing job with overrides: []
+Traceback (most recent call last):
+  File "main_ppo.py", line 12, in main
+ray.exceptions.RayTaskError(FileNotFoundError): ray::TaskRunner.run() (pid=12, ip=192.0.2.2)
+  File "dataset.py", line 7, in __init__
+FileNotFoundError: Unable to find 'train.parquet'
+"""
+
+
+def test_the_last_error_is_the_commands_own(tmp_path):
+    log = tmp_path / "log"
+    assert last_error(log) is None
+    log.write_text("ValueError: printed, not raised\n(TaskRunner pid=1) Traceback (most recent call last):\n")
+    assert last_error(log) is None
+    log.write_text(
+        DRIVER + "(raylet pid=3) OSError: gone\nException ignored in: <f>\n" + DRIVER[39:73] + "\nKeyError: 1\n"
+    )
+    assert last_error(log) == "FileNotFoundError: Unable to find 'train.parquet'"
 
 
 def test_telling_lines_stay_small(tmp_path):
