@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +17,9 @@ from verl_fp16.groups import GROUPS, members
 from verl_fp16.guard.algorithm import BYPASS
 from verl_fp16.guard.case import FSDP_SPELLINGS, MODELS, NODE, ROLES, dtype_of
 from verl_fp16.guard.roles import FOLDER, payload
+from verl_fp16.local_inputs import missing_inputs
 from verl_fp16.mistyped import GROUP, mistyped_flag, mistyped_group
-from verl_fp16.refusal import GuardError, one_message
+from verl_fp16.refusal import GuardError, in_launcher, one_message
 from verl_fp16.settings import Settings, SettingsError
 
 TRIPWIRE = "verl_fp16.required"
@@ -41,6 +43,7 @@ def check_before_start(config: Any) -> None:
             refuse_runs_in_one_process()
             refuse_mistyped_flag(config)
             guard_start(config)
+            require_inputs(config)
             keep_tripwire(config)
         else:
             refuse_mistyped_flag(config)
@@ -68,6 +71,19 @@ def guard_start(config: DictConfig) -> None:
         raise GuardError(render_errors(found, declared_pair(config)))
     if found:
         print(render_warnings(found), file=sys.stderr, flush=True)
+
+
+def require_inputs(config: DictConfig) -> None:
+    """In verl's launcher, refuse a start whose data or model are not there: verl says so from behind Ray's start.
+
+    Raises:
+        GuardError: naming each.
+    """
+    if not in_launcher():
+        return
+    container, _ = resolved(config)
+    if missing := missing_inputs(container, os.environ):
+        raise GuardError("\n".join(["verl_fp16: what the run needs is not there. Nothing was started.", *missing]))
 
 
 def declared_pair(config: DictConfig) -> str:

@@ -1,0 +1,81 @@
+"""Files that a run needs and this machine does not have, found before Ray starts. Imports neither verl nor Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from verl_fp16.guard.case import Case
+
+DATA = ("data.train_files", "data.val_files")
+MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
+_INPUTS = {
+    "gsm8k": "verl-fp16 data gsm8k PATH --output {folder}",
+    "math": "verl-fp16 data math PATH --output {folder}",
+    "sanity": "verl-fp16 sanity-set MODEL --data FILE --reward FILE:FUNCTION, and a test.parquet of your own",
+}
+_MAKE = "python -m verl_fp16.quickstart.make {folder}"
+
+
+def missing_inputs(config: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """A line for each data file or model that is not there, with the command that makes it.
+
+    Nothing is said where the files may be elsewhere: on several nodes, on a cluster that is running, in a working
+    directory of Ray's, behind a scheme (``hdfs://``), or where the data set is a class of the user's own. A model that
+    may be a name on a hub (``owner/name``) is not looked for.
+
+    Args:
+        config: the configuration as plain containers, resolved.
+    """
+    case = Case(config, None, "")
+    if case.get("trainer.nnodes", 1) != 1 or _is_elsewhere(case, environ):
+        return []
+    return [*_missing_data(case), *_missing_models(case)]
+
+
+def _is_elsewhere(case: Case, environ: Mapping[str, str]) -> bool:
+    running = Path(environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+    address = case.get("ray_kwargs.ray_init.address", None) or environ.get("RAY_ADDRESS")
+    if address != "local" and (address or running.exists()):
+        return True
+    return bool(case.get("ray_kwargs.ray_init.runtime_env.working_dir", None))
+
+
+def _missing_data(case: Case) -> Iterator[str]:
+    if case.get("data.custom_cls.path", None):
+        return
+    for key in DATA:
+        files = case.get(key, None)
+        for file in files if isinstance(files, list) else [files]:
+            if isinstance(file, str) and not any(part in file for part in ("://", "*", "?", "[")) and not _there(file):
+                yield f"{key}: there is no {file}. {_how_to_make(case, os.path.dirname(file))}"
+
+
+def _missing_models(case: Case) -> Iterator[str]:
+    for key in MODELS if case.has_critic else MODELS[:1]:
+        path = case.get(key, None)
+        if isinstance(path, str) and _is_local(path) and not _there(path):
+            options = " --experts" if os.path.basename(path) == "model-moe" else ""
+            yield f"{key}: there is no {path}. {_how_to_make(case, os.path.dirname(path), options, model=True)}"
+
+
+def _is_local(path: str) -> bool:
+    """Whether it cannot be a name on a hub."""
+    return "://" not in path and (path.startswith(("/", "~", ".")) or path.count("/") > 1)
+
+
+def _there(path: str) -> bool:
+    return os.path.exists(path) or os.path.exists(os.path.expanduser(path))
+
+
+def _how_to_make(case: Case, folder: str, options: str = "", model: bool = False) -> str:
+    made_by_us = case.get("quickstart_dir", None)
+    if isinstance(made_by_us, str):
+        options = options or (" --experts" if str(case.get(MODELS[0], "")).endswith("/model-moe") else "")
+        return f"Make it: {_MAKE.format(folder=made_by_us)}{options}"
+    if model:
+        return "Put the model there, or name another folder or a hub's model"
+    command = _INPUTS.get(str(case.get("recipe.task", "")))
+    return f"Make it: {command.format(folder=folder)}" if command else "Name another, or make it: verl-fp16 data --help"
