@@ -1,4 +1,4 @@
-"""Files that a run needs and this machine does not have, found before Ray starts. Imports neither verl nor Ray."""
+"""Files and GPUs that a run needs and this machine does not have, found before Ray starts. Imports no torch or Ray."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _INPUTS = {
     "math": "verl-fp16 data math PATH --output {folder}",
     "sanity": "verl-fp16 sanity-set MODEL --data FILE --reward FILE:FUNCTION, and a test.parquet of your own",
 }
+# Below the root: AMD, WSL, Ascend, and parts of NVIDIA GPUs, which are counted in other ways.
+_OTHER_GPUS = ("dev/kfd", "dev/dxg", "dev/davinci*", "proc/driver/nvidia/capabilities/gpu*/mig/gi*")
 _MAKE = "python -m verl_fp16.quickstart.make {folder}"
 
 
@@ -33,6 +35,32 @@ def missing_inputs(config: Mapping[str, Any], environ: Mapping[str, str]) -> lis
     if case.get("trainer.nnodes", 1) != 1 or _is_elsewhere(case, environ):
         return []
     return [*_missing_data(case), *_missing_models(case)]
+
+
+def missing_gpus(config: Mapping[str, Any], environ: Mapping[str, str], root: Path = Path("/")) -> list[str]:
+    """A line where a single node's run wants more GPUs than there are, for which Ray would wait.
+
+    Nothing is said where that cannot be known: with another device than ``cuda``, GPUs that are given to Ray by number,
+    other makers' GPUs, or NVIDIA's when they are cut into instances.
+    """
+    case = Case(config, None, "")
+    wanted = case.get("trainer.n_gpus_per_node", None)
+    other = case.get("trainer.device", "cuda") != "cuda" or environ.get("VERL_PLATFORM", "") not in ("", "nvidia")
+    if other or not isinstance(wanted, int) or case.get("trainer.nnodes", 1) != 1 or _is_elsewhere(case, environ):
+        return []
+    if case.get("ray_kwargs.ray_init.num_gpus", None) is not None:
+        return []
+    if any(list(root.glob(pattern)) for pattern in _OTHER_GPUS):
+        return []
+    there = len(list(root.glob("dev/nvidia[0-9]*")))
+    if there >= wanted:
+        return []
+    fix = (
+        f"trainer.n_gpus_per_node={there}, or a recipe for that many"
+        if there
+        else "a machine with GPUs, or a cpu_... recipe"
+    )
+    return [f"trainer.n_gpus_per_node={wanted}: this machine has {there or 'no'} GPU{'s' * (there > 1)}. Use {fix}"]
 
 
 def _is_elsewhere(case: Case, environ: Mapping[str, str]) -> bool:

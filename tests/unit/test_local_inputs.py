@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from verl_fp16.cli.app import app
-from verl_fp16.local_inputs import missing_inputs
+from verl_fp16.local_inputs import missing_gpus, missing_inputs
 
 SUMS = {
     "quickstart_dir": "outputs/q",
@@ -38,7 +38,8 @@ def changed(**values):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", "VERL_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
@@ -117,3 +118,45 @@ def test_a_start_is_refused_in_verls_launcher_only(monkeypatch):
 
 def test_config_is_not_about_this_machine():
     assert CliRunner().invoke(app, ["config", "quickstart"]).stderr == ""
+
+
+def gpus(root, count, **values):
+    (root / "dev").mkdir(exist_ok=True)
+    for number in range(count):
+        (root / "dev" / f"nvidia{number}").touch()
+    (root / "dev" / "nvidiactl").touch()
+    return missing_gpus(changed(trainer__n_gpus_per_node=4, **values), os.environ, root)
+
+
+@pytest.mark.parametrize(("there", "said"), ((0, "no GPU."), (1, "1 GPU."), (3, "3 GPUs."), (4, ""), (8, "")))
+def test_too_few_gpus_are_told(there, said, folder):
+    told = gpus(folder, there)
+    assert len(told) == bool(said)
+    assert all(f"trainer.n_gpus_per_node=4: this machine has {said}" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    "values",
+    (
+        {"trainer__device": "cpu"},
+        {"trainer__nnodes": 2},
+        {"ray_kwargs__ray_init__address": "auto"},
+        {"ray_kwargs__ray_init__num_gpus": 4},
+    ),
+)
+def test_nothing_is_said_of_gpus_where_it_cannot_be_known(values, folder):
+    assert gpus(folder, 0, **values) == []
+
+
+@pytest.mark.parametrize(
+    "device", ("dev/kfd", "dev/dxg", "dev/davinci0", "proc/driver/nvidia/capabilities/gpu0/mig/gi1")
+)
+def test_gpus_that_are_counted_in_another_way_are_left_to_ray(device, folder):
+    (folder / device).mkdir(parents=True)
+    assert gpus(folder, 0) == []
+
+
+def test_a_platform_that_is_named_is_left_to_verl(folder, monkeypatch):
+    assert len(gpus(folder, 0)) == 1
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    assert gpus(folder, 0) == []

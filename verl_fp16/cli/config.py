@@ -22,8 +22,9 @@ def config(
 ) -> None:
     """Show what a recipe or overrides change, against the installed verl's own configuration.
 
-    What the guard would refuse a start for is told too, on stderr; the exit code is 1 then, and 2 where there is no
-    configuration to print. So are keys that verl does not have, as a warning.
+    What contradicts the precision flag is told too, on stderr; the exit code is 1 then, and 2 where there is no
+    configuration to print. So are keys that verl does not have, as a warning. Values that only verl itself checks, such
+    as batch sizes, are not: it does so at the start.
 
     Example: verl-fp16 config +precision=fp16
     """

@@ -17,7 +17,7 @@ from verl_fp16.groups import GROUPS, members
 from verl_fp16.guard.algorithm import BYPASS
 from verl_fp16.guard.case import FSDP_SPELLINGS, MODELS, NODE, ROLES, dtype_of
 from verl_fp16.guard.roles import FOLDER, payload
-from verl_fp16.local_inputs import missing_inputs
+from verl_fp16.local_inputs import missing_gpus, missing_inputs
 from verl_fp16.mistyped import GROUP, mistyped_flag, mistyped_group
 from verl_fp16.refusal import GuardError, in_launcher, one_message
 from verl_fp16.settings import Settings, SettingsError
@@ -74,7 +74,7 @@ def guard_start(config: DictConfig) -> None:
 
 
 def require_inputs(config: DictConfig) -> None:
-    """In verl's launcher, refuse a start whose data or model are not there: verl says so from behind Ray's start.
+    """In verl's launcher, refuse a start whose data, model or GPUs are not there: verl says so from behind Ray's start.
 
     Raises:
         GuardError: naming each.
@@ -82,7 +82,7 @@ def require_inputs(config: DictConfig) -> None:
     if not in_launcher():
         return
     container, _ = resolved(config)
-    if missing := missing_inputs(container, os.environ):
+    if missing := [*missing_inputs(container, os.environ), *missing_gpus(container, os.environ)]:
         raise GuardError("\n".join(["verl_fp16: what the run needs is not there. Nothing was started.", *missing]))
 
 
