@@ -84,7 +84,8 @@ def _missing_data(case: Case) -> Iterator[str]:
 def _missing_models(case: Case) -> Iterator[str]:
     for key in MODELS if case.has_critic else MODELS[:1]:
         path = case.get(key, None)
-        if isinstance(path, str) and _is_local(path) and not _there(path):
+        made = isinstance(path, str) and path.startswith(f"{case.get('quickstart_dir', None)}/")
+        if isinstance(path, str) and (made or _is_local(path)) and not _there(path):
             options = " --experts" if os.path.basename(path) == "model-moe" else ""
             yield f"{key}: there is no {path}. {_how_to_make(case, os.path.dirname(path), options, model=True)}"
 
