@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from verl_fp16.leftovers import other_run_is_alive, remove_shared_memory, shared_memory_files
+from verl_fp16.processes import exit_text, is_alive, label, titles, zombie_status
 from verl_fp16.run_log import last_error, telling_lines, tells_of_death
 
 CRITICAL: tuple[str, ...] = (
@@ -173,12 +174,12 @@ def run_supervised(
         raise SystemExit(128 + noted[0])
     if cause is not None:
         cause = "\n".join([cause, *(f"  {line}" for line in quoted if not cause.startswith(line))])
-    return RunResult(process.returncode, seconds, cause, log, tuple(removed), tuple(_label(p) for p in left))
+    return RunResult(process.returncode, seconds, cause, log, tuple(removed), tuple(label(p) for p in left))
 
 
 def _end_text(code: int, error: str | None, tree: _Tree, failed_first: bool) -> str:
     """Why the command ended by itself: its own exception first, as far as there is one."""
-    end = f"the command {_exit_text(code)}"
+    end = f"the command {exit_text(code)}"
     # Workers that went after an error of the command's own were ended by it.
     after = failed_first and error is not None and not tells_of_death(error)
     if tree.lost_for() is not None and not after:
@@ -231,7 +232,7 @@ class _Tree:
             with contextlib.suppress(ProcessLookupError):
                 self._sids.add(os.getsid(process.pid))
             pending += [child for child in by_parent.get(process.pid, []) if child not in self._owned]
-        for process in [p for p in self._owned if not _alive(p)]:
+        for process in [p for p in self._owned if not is_alive(p)]:
             self._bury(process)
         names = {process: self._critical_name(process) for process in self._owned}
         by_pid = {process.pid: name for process, name in names.items()}
@@ -244,7 +245,7 @@ class _Tree:
 
     def _critical_name(self, process: psutil.Process) -> str | None:
         """The part of the title that makes a process critical, "" if none, None if it has no title any more."""
-        forms = _titles(process)
+        forms = titles(process)
         if not forms:
             return None
         matches = (pattern.match(form) for pattern in self._patterns for form in forms)
@@ -269,7 +270,7 @@ class _Tree:
 
     def _bury(self, process: psutil.Process) -> None:
         """Note that a process of the run has ended, and reap it where that falls to us."""
-        status = _zombie_status(process)
+        status = zombie_status(process)
         try:
             # The main command is left to Popen, which would lose its exit code otherwise.
             ours = status is not None and process.pid != self._main_pid and process.ppid() == self._me.pid
@@ -294,7 +295,7 @@ class _Tree:
         parts = []
         for process in list(self._lost)[:3]:
             status = self._status.get(process)
-            how = "went away" if status is None else _exit_text(os.waitstatus_to_exitcode(status))
+            how = "went away" if status is None else exit_text(os.waitstatus_to_exitcode(status))
             parts.append(f"{self._critical[process]} (pid {process.pid}) {how}")
         more = f" and {len(self._lost) - 3} more" if len(self._lost) > 3 else ""
         return f"worker {', '.join(parts)}{more}"
@@ -312,7 +313,7 @@ class _Tree:
             while True:
                 main.poll()
                 self.scan()
-                alive = [p for p in self._owned if _alive(p)]
+                alive = [p for p in self._owned if is_alive(p)]
                 # A process may start another and end between our look for children and our look at it: look twice.
                 empty_rounds = 0 if alive else empty_rounds + 1
                 if empty_rounds == 2:
@@ -395,46 +396,3 @@ def _subreaper() -> Iterator[None]:
         yield
     finally:
         libc.prctl(_PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def _titles(process: psutil.Process) -> tuple[str, ...]:
-    """The full title or command line, the base name of the program, and the kernel's name; empty once it has ended."""
-    try:
-        arguments = process.cmdline()
-        name = process.name()
-    except psutil.Error:
-        return ()
-    if not arguments:
-        return ()
-    return " ".join(arguments).strip(), os.path.basename(arguments[0]), name
-
-
-def _label(process: psutil.Process) -> str:
-    return f"{(_titles(process) or ('process',))[0][:80]} (pid {process.pid})"
-
-
-def _zombie_status(process: psutil.Process) -> int | None:
-    """The wait status of a process that has ended but is not reaped yet, else None."""
-    try:
-        fields = Path(f"/proc/{process.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(fields[-1]) if fields[0] == "Z" and process.is_running() else None
-
-
-def _exit_text(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    hint = " (often the kernel, out of memory)" if -code == signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"

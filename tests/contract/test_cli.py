@@ -181,9 +181,9 @@ def test_config_shows_what_verls_launcher_composes(tmp_path):
 
 
 def test_run_returns_the_childs_exit_code_and_dry_run_starts_nothing(tmp_path):
-    dry = start("run", "quickstart", "--dry-run", "no_such_key=1")
+    dry = start("run", "quickstart", "--dry-run", "data.seed=1")
     command = shlex.split(dry.stdout)
-    assert command[1:] == ["-m", "verl.trainer.main_ppo", "--config-name", "quickstart", "no_such_key=1"]
+    assert command[1:] == ["-m", "verl.trainer.main_ppo", "--config-name", "quickstart", "data.seed=1"]
     wrong = start("run", "quickstart", "no_such_key=1", cwd=tmp_path)
     assert wrong.returncode == 1
     assert "no_such_key" in wrong.stderr
