@@ -47,7 +47,7 @@ def telling_lines(
     last: list[str] = []
     for source, line in _lines(log_path, since):
         line = _LOG_HEAD.sub("", line)
-        if _HARMLESS.match(line) or _CONFIGURATION.match(line):
+        if not line or _HARMLESS.match(line) or _CONFIGURATION.match(line):
             continue
         shown = _shortened(f"{source}: {line}" if source else line)
         last = [*last, shown][-n:]
