@@ -60,7 +60,9 @@ def missing_gpus(config: Mapping[str, Any], environ: Mapping[str, str], root: Pa
         if there
         else "a machine with GPUs, or a cpu_... recipe"
     )
-    return [f"trainer.n_gpus_per_node={wanted}: this machine has {there or 'no'} GPU{'s' * (there > 1)}. Use {fix}"]
+    found = f"this machine has {there or 'no'} GPU{'s' * (there > 1)}"
+    if_wrong = f"if that is wrong, +ray_kwargs.ray_init.num_gpus={wanted} says so"
+    return [f"trainer.n_gpus_per_node={wanted}: {found}. Use {fix}; {if_wrong}"]
 
 
 def _is_elsewhere(case: Case, environ: Mapping[str, str]) -> bool:
