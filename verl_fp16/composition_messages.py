@@ -14,6 +14,7 @@ NO_NAME = "Config group override must be a string"
 
 _MISSING = re.compile(r"Could not find '([\w/]+)/([^'/]+)'")
 _OPTIONS = re.compile(r"Available options in '[^']*':\n((?:\t.*\n?)+)")
+_TWICE = re.compile(r"Multiple values for ([\w/@.]+)\.|(\S+) appears more than once in the final defaults list")
 _NO_OVERRIDE = re.compile(r"Could not override '([^']+)'")
 _NO_DELETION = re.compile(r"Could not delete from config\. '([^']+)' does not exist")
 
@@ -31,6 +32,10 @@ def told(
     if misused := misused_group(named, overrides):
         return misused
     text = str(error).partition("\nConfig search path:")[0]
+    if found := _TWICE.search(text):
+        group = found[1] or found[2]
+        value = next((o.partition("=")[2] for o in overrides if o.lstrip("+").startswith(f"{group}=")), "...")
+        return f"{group} is named already: write {group}={value}, without +"
     if found := _MISSING.search(text):
         return _missing(text, *found.groups())
     if NO_NAME in text:
@@ -82,14 +87,17 @@ def _no_such_key(text: str, key: str, overrides: Sequence[str], plain: Callable[
 
 
 def _near(key: str, plain: Callable[[], Mapping[str, Any]]) -> str | None:
-    """The key of verl's that is like ``key``: a neighbour in its node first, then any."""
+    """The key of verl's that is like ``key``: by its last part in the same node, else with its last part elsewhere."""
     from verl_fp16.config_difference import flatten
 
     keys = [name for name, _ in flatten(plain())]
     nodes = {name.rsplit(".", depth)[0] for name in keys for depth in range(name.count(".") + 1)}
-    node = key.rpartition(".")[0]
-    beside = [name for name in nodes if name.rpartition(".")[0] == node]
-    return next(iter(get_close_matches(key, beside, 1, 0.8) or get_close_matches(key, keys, 1, 0.85)), None)
+    node, _, last = key.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in nodes if name.rpartition(".")[0] == node}
+    if near := get_close_matches(last, beside, 1, 0.75):
+        return beside[near[0]]
+    same = [name for name in keys if name.rpartition(".")[2] == last]
+    return next(iter(get_close_matches(key, same, 1, 0.75)), None)
 
 
 def _question(near: str | None, before: str = "", behind: str = "") -> str:

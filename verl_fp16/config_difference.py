@@ -13,7 +13,7 @@ from typing import Any
 from verl_fp16 import composition_messages
 from verl_fp16.composition_messages import NO_NAME, one_line
 from verl_fp16.findings import Finding, render_errors
-from verl_fp16.recipe_files import Recipe
+from verl_fp16.recipe_files import Recipe, is_written_out, lacks_trainer
 
 PLAIN = "ppo_trainer"
 _SEARCH_PATH = "hydra.searchpath="
@@ -83,6 +83,8 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
         first, arguments = place(config_dir, overrides, recipe)
         with initialize_config_dir(str(first), version_base=None):
             config = hydra_compose(recipe.name if recipe else PLAIN, overrides=arguments)
+            if recipe is not None and not recipe.shipped:
+                _require_trainer(config_dir, recipe, arguments)
     except yaml.YAMLError as error:
         raise CompositionError(one_line(str(error))) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -101,6 +103,21 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
         found = driver.examine(config)  # all that is wrong, as a start would be told it
         raise GuardError(render_errors(found, driver.declared_pair(config))) from None
     return Composed(_resolved(config), findings)
+
+
+def _require_trainer(config_dir: Path, recipe: Recipe, overrides: list[str]) -> None:
+    """
+    Raises:
+        CompositionError: none of verl's own configurations is in the defaults list, wherever the recipe's groups lead.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    loader = GlobalHydra.instance().config_loader()
+    loaded = loader.compute_defaults_list(recipe.name, overrides, RunMode.RUN).defaults
+    of_verl = {path.stem for path in config_dir.glob("*.yaml")}
+    if not of_verl & {one.config_path for one in loaded} and not is_written_out(recipe.content or {}):
+        raise CompositionError(lacks_trainer(recipe))
 
 
 def _plain(config_dir: Path) -> dict[str, Any]:

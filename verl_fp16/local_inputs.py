@@ -14,7 +14,7 @@ MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
 _INPUTS = {
     "gsm8k": "verl-fp16 data gsm8k PATH --output {folder}",
     "math": "verl-fp16 data math PATH --output {folder}",
-    "sanity": "verl-fp16 sanity-set MODEL --data FILE --reward FILE:FUNCTION, and a test.parquet of your own",
+    "sanity": "verl-fp16 sanity-set MODEL --data FILE --reward verl --output {folder}, and a test.parquet of your own",
 }
 # Below the root: AMD, WSL, Ascend, and parts of NVIDIA GPUs, which are counted in other ways.
 _OTHER_GPUS = ("dev/kfd", "dev/dxg", "dev/davinci*", "proc/driver/nvidia/capabilities/gpu*/mig/gi*")
@@ -80,7 +80,7 @@ def _missing_data(case: Case) -> Iterator[str]:
         files = case.get(key, None)
         for file in files if isinstance(files, list) else [files]:
             if isinstance(file, str) and not any(part in file for part in ("://", "*", "?", "[")) and not _there(file):
-                yield f"{key}: there is no {file}. {_how_to_make(case, os.path.dirname(file))}"
+                yield f"{key}: there is no {file}. {_how_to_make(case, file)}"
 
 
 def _missing_models(case: Case) -> Iterator[str]:
@@ -88,8 +88,7 @@ def _missing_models(case: Case) -> Iterator[str]:
         path = case.get(key, None)
         made = isinstance(path, str) and path.startswith(f"{case.get('quickstart_dir', None)}/")
         if isinstance(path, str) and (made or _is_local(path)) and not _there(path):
-            options = " --experts" if os.path.basename(path) == "model-moe" else ""
-            yield f"{key}: there is no {path}. {_how_to_make(case, os.path.dirname(path), options, model=True)}"
+            yield f"{key}: there is no {path}. {_how_to_make(case, path, model=True)}"
 
 
 def _is_local(path: str) -> bool:
@@ -101,12 +100,13 @@ def _there(path: str) -> bool:
     return os.path.exists(path) or os.path.exists(os.path.expanduser(path))
 
 
-def _how_to_make(case: Case, folder: str, options: str = "", model: bool = False) -> str:
-    made_by_us = case.get("quickstart_dir", None)
-    if isinstance(made_by_us, str):
-        options = options or (" --experts" if str(case.get(MODELS[0], "")).endswith("/model-moe") else "")
-        return f"Make it: {_MAKE.format(folder=made_by_us)}{options}"
+def _how_to_make(case: Case, path: str, model: bool = False) -> str:
+    """The command that makes it, where it is one of those that our recipes name."""
+    made, data = case.get("quickstart_dir", None), case.get("data_dir", None)
+    if isinstance(made, str) and path.startswith(f"{made}/"):
+        experts = " --experts" if str(case.get(MODELS[0], "")).endswith("/model-moe") else ""
+        return f"Make it: {_MAKE.format(folder=made)}{experts}"
     if model:
         return "Put the model there, or name another folder or a hub's model"
-    command = _INPUTS.get(str(case.get("recipe.task", "")))
-    return f"Make it: {command.format(folder=folder)}" if command else "Name another, or make it: verl-fp16 data --help"
+    command = _INPUTS.get(str(case.get("recipe.task", ""))) if os.path.dirname(path) == data else None
+    return f"Make it: {command.format(folder=data)}" if command else "Name another, or make one: verl-fp16 data --help"

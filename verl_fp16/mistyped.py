@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -39,7 +40,8 @@ def mistyped_group(
     """Beside the flag, a key that was meant to be it or another group: (key, value, group, member), or None.
 
     A key at the top with a name like a group's and one of its members as value. With the very name of another group
-    than the flag's, or one of the flag's other names, it may be the user's own: the rest of the file may refer to it.
+    than the flag's, or one of the flag's other names, it may be the user's own; so may one that is like another group
+    than the flag's and that something in the configuration refers to.
 
     Args:
         config: the configuration as plain containers, unresolved.
@@ -49,10 +51,15 @@ def mistyped_group(
         for group, members in groups.items():
             like = get_close_matches(str(key).lower(), [group], cutoff=0.8) and (key != group or group == GROUP)
             member = _member(value, members) if like else None
-            if member is not None:
+            if member is not None and (group == GROUP or not _is_referred_to(str(key), config)):
                 return key, value, group, member
     slip = _in_a_node(config, groups[GROUP])
     return (slip[0], slip[1], GROUP, slip[2]) if slip else None
+
+
+def _is_referred_to(key: str, config: Mapping[str, Any]) -> bool:
+    """By an interpolation, also by one within another."""
+    return re.search(rf"\$\{{[^}}]*\b{re.escape(key)}\b", repr(config)) is not None
 
 
 def _in_a_node(config: Mapping[str, Any], members: Collection[str]) -> tuple[str, Any, str] | None:

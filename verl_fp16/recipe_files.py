@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -60,12 +61,20 @@ class Recipe:
     @property
     def defaults(self) -> tuple[Any, ...] | None:
         """The defaults list, () if it has none; None if the file is no YAML."""
+        content = self.content
+        if content is None:
+            return None
+        defaults = content.get("defaults")
+        return tuple(defaults) if isinstance(defaults, list) else ()
+
+    @property
+    def content(self) -> dict[str, Any] | None:
+        """What the file says, {} where that is no mapping; None if it is no YAML."""
         try:
             content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, OSError):
             return None
-        defaults = content.get("defaults") if isinstance(content, dict) else None
-        return tuple(defaults) if isinstance(defaults, list) else ()
+        return content if isinstance(content, dict) else {}
 
     @property
     def hardware(self) -> str:
@@ -118,20 +127,31 @@ def _own_recipe(text: str) -> Recipe:
 def require_trainer(recipe: Recipe) -> None:
     """
     Raises:
-        RecipeError: its defaults list certainly does not lead to verl's own configuration. A group of somebody else's,
-            or a file that is not beside it, might.
+        RecipeError: its defaults list certainly does not lead to verl's own configuration, which it is not itself
+            either. A group of somebody else's, or a file that is not beside it, might.
     """
     if recipe.path.parent != _verls_folder() and not _may_lead_to_trainer(recipe.path, frozenset()):
-        raise RecipeError(
-            f"{recipe.path}: its defaults list lacks `- {TRAINER}`, verl's own configuration: put it first"
-        )
+        raise RecipeError(lacks_trainer(recipe))
+
+
+def is_written_out(content: Mapping[str, Any]) -> bool:
+    """Whether a file is a whole configuration itself, as Hydra leaves one beside each run."""
+    return {"actor_rollout_ref", "algorithm", "data", "trainer"} <= content.keys()
+
+
+def lacks_trainer(recipe: Recipe) -> str:
+    """The message on a recipe that verl's own configuration is no part of."""
+    return f"{recipe.path}: its defaults list lacks `- {TRAINER}`, verl's own configuration: put it first"
 
 
 def _may_lead_to_trainer(path: Path, above: frozenset[Path]) -> bool:
-    defaults = Recipe(path.stem, path, shipped=False).defaults
-    if defaults is None or path in above:
+    content = Recipe(path.stem, path, shipped=False).content
+    if content is None or path in above:
         return True  # Hydra tells what is wrong with it
-    for entry in defaults:
+    if is_written_out(content):
+        return True
+    defaults = content.get("defaults")
+    for entry in defaults if isinstance(defaults, list) else ():
         if isinstance(entry, dict):
             if any(str(group).removeprefix("override ").strip() not in GROUPS for group in entry):
                 return True

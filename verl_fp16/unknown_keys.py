@@ -83,7 +83,7 @@ def _finding(unknown: _Unknown, theirs: Mapping[str, Any], verl: Path) -> Findin
     question = f"did you mean {' or '.join(meant)}?" if meant else "leave it out"
     if unknown.target:
         made = unknown.target.rpartition(".")[2]
-        why = f"verl makes a {made} of this node, which has no such field"
+        why = f"verl makes its {made} of this node, which has no such field: it stops there, when Ray has been started"
         return Finding("warning", unknown.key, _short(unknown.value), why, advice=question)
     why = "verl's configuration has no such key, and nothing in verl reads one"
     advice = (

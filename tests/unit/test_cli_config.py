@@ -204,6 +204,10 @@ SLIPS = {
     "+base_modle=qwen3_14b": "did you mean base_model=qwen3_14b?",
     "trainer.total_epoch=3": "did you mean trainer.total_epochs=3? A key of your own: +trainer.total_epoch=3",
     "~trainer.total_epoch": "did you mean ~trainer.total_epochs?",
+    "~trainer.x": "~trainer.x: there is no such key to delete.\n",
+    "actor_rollout_ref.rollout.zzz=1": "verl's configuration has no such key. A key of your own: +actor_rollout_ref.",
+    "trainers.total_epochs=3": "did you mean trainer.total_epochs=3?",
+    "+alg=grpo": "did you mean algo=grpo? Where no recipe names the group: +algo=grpo.",
 }
 
 
@@ -213,6 +217,43 @@ def test_a_slip_beside_a_recipe_is_one_line_with_what_was_meant(override, messag
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert message in result.stderr
     assert "search path" not in result.stderr
+
+
+def config_of(path, *overrides):
+    return CliRunner().invoke(app, ["config", str(path), *overrides])
+
+
+def test_a_key_of_ones_own_that_the_file_refers_to_is_no_slip(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [gsm8k_grpo, _self_]\nalg: grpo\ntrainer: {experiment_name: '${alg}-1'}\n")
+    assert config_of(path).exit_code == 0
+
+
+def test_a_configuration_that_is_written_out_is_a_recipe(tmp_path):
+    path = tmp_path / "flat.yaml"
+    path.write_text(config_of("gsm8k_grpo", "--all").stdout)
+    found = config_of(path)
+    assert (found.exit_code, "lacks" in found.stderr) == (0, False)
+
+
+def test_a_group_of_ones_own_that_leads_nowhere_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "small.yaml").write_text("# @package _global_\ntrainer: {nnodes: 1}\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [precision: fp16, lab: small, _self_]\n")
+    found = config_of(path)
+    assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert "its defaults list lacks `- ppo_trainer`" in found.stderr
+    path.write_text("defaults: [ppo_trainer, precision: fp16, lab: small, _self_]\n")
+    assert config_of(path).exit_code == 0
+
+
+def test_a_group_that_the_recipe_below_names_is_written_without_plus(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [gsm8k_grpo, _self_]\n")
+    found = config_of(path, "+precision=bf16")
+    assert found.exit_code == 2
+    assert "precision is named already: write precision=bf16, without +" in found.stderr
 
 
 def test_a_misspelt_group_in_a_file_is_named(tmp_path):

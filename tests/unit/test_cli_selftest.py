@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def test_the_users_model_and_prompts_reach_the_stages(command, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        (("--model", "nothing"), "--model nothing: there is no such file or folder"),
+        (("--model", "nothing"), "--model nothing: there is no such folder. Name a Hugging Face model"),
         (("--model", "empty"), "--model empty: there is no config.json in it. Name a Hugging Face model folder"),
         (("--prompts", "nothing.txt"), "--prompts nothing.txt: there is no such file. Give"),
         (("--prompts", "empty"), "--prompts empty: this is a folder"),
@@ -181,8 +182,12 @@ def test_wrong_inputs_are_refused_before_anything_runs(command, options, message
 
 
 def test_a_record_in_a_folder_that_cannot_be_written_is_refused_before_anything_runs(command, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(Path.cwd()) and mode == os.W_OK)
-    assert "--record here.json: nothing can be written to" in refused(command("--record", "here.json"))
+    def full(*, dir: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    said = refused(command("--record", "here.json"))
+    assert f"--record here.json: nothing can be written to {Path.cwd()}: No space left on device" in said
 
 
 @pytest.mark.parametrize("how", ("--json", "--only=doctor,engine,run,gap,throughput"))

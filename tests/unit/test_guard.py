@@ -447,6 +447,13 @@ def test_a_bound_on_generated_batches_that_nobody_reads_is_warned_of():
     assert check((*asked, *finding.fix)) == []
 
 
+def test_a_group_of_one_is_warned_of_where_something_is_trained():
+    alone = (f"{ROLLOUT}.n=1", "algorithm.adv_estimator=reinforce_plus_plus_baseline")
+    assert [finding.key for finding in check(alone)] == [f"{ROLLOUT}.n"]
+    assert check((*alone, "++trainer.val_only=true")) == []
+    assert check((f"{ROLLOUT}.n=1", "algorithm.adv_estimator=gae")) == []
+
+
 def test_a_chat_template_that_0_8_does_not_see_is_refused_there_alone():
     template = ("actor_rollout_ref.model.custom_chat_template=mine",)
     assert check(template, verl="0.9.0") == []

@@ -66,9 +66,18 @@ MODEL = "actor_rollout_ref.model.path"
 def test_experts_and_data_sets_have_commands_of_their_own():
     told = missing(changed(actor_rollout_ref__model__path="outputs/q/model-moe"))
     assert all(line.endswith("quickstart.make outputs/q --experts") for line in told) and len(told) == 3
-    config = changed(recipe__task="gsm8k", data__train_files="d/train.parquet")
+    config = changed(recipe__task="gsm8k", data_dir="d", data__train_files="d/train.parquet")
     del config["quickstart_dir"]
     assert "Make it: verl-fp16 data gsm8k PATH --output d" in missing(config)[0]
+    config = changed(recipe__task="sanity", data_dir="d", data__train_files="d/train.parquet")
+    assert "Make it: verl-fp16 sanity-set MODEL --data FILE --reward verl --output d, and" in missing(config)[0]
+
+
+def test_no_command_is_named_that_would_make_another_file():
+    config = changed(recipe__task="gsm8k", data_dir="d", data__train_files="/mine/train.parquet")
+    told = missing({**config, "actor_rollout_ref": {"model": {"path": "/my/model"}}})
+    mine = [line for line in told if "/mine/train.parquet" in line or "/my/model" in line]
+    assert len(mine) == 2 and all("Make it" not in line for line in mine)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def run(
         float | None, typer.Option("--timeout", min=0, help="With --supervised: end the run after this many seconds.")
     ] = None,
 ) -> None:
-    """Start a recipe with verl's PPO trainer; the exit code is the trainer's.
+    """Start a recipe with verl's PPO trainer; the exit code is the trainer's, and 2 where --dry-run finds a mistake.
 
     Example: verl-fp16 run quickstart trainer.total_training_steps=5 --cfg job
     """

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -115,13 +116,13 @@ def _require(path: Path | None, option: str) -> None:
     Raises:
         typer.Exit: a model's folder or a file of prompts is not there.
     """
-    from verl_fp16.preflight.refusals import CONFIG, not_there
+    from verl_fp16.preflight.refusals import CONFIG
 
     if path is None:
         return
     if not path.exists():
         if option == "--model":
-            raise fail(f"{option} {not_there(path)}")
+            raise fail(f"{option} {path}: there is no such folder. Name a Hugging Face model, with its tokenizer")
         raise fail(f"{option} {path}: there is no such file. Give verl's Parquet, JSON lines, or text with one a line")
     if option == "--model" and not (path / CONFIG).is_file():
         raise fail(f"{option} {path}: there is no {CONFIG} in it. Name a Hugging Face model folder, with its tokenizer")
@@ -139,8 +140,11 @@ def _require_writable(record: Path) -> None:
         raise fail(f"--record {record}: there is no folder {folder}. Make it, or name another")
     if record.exists() and not record.is_file():
         raise fail(f"--record {record}: this is no file that can be replaced. Name another")
-    if not os.access(folder, os.W_OK):
-        raise fail(f"--record {record}: nothing can be written to {folder}. Name another")
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # who may write is not all: a full disk, /proc
+            pass
+    except OSError as error:
+        raise fail(f"--record {record}: nothing can be written to {folder}: {error.strerror}. Name another") from None
 
 
 def _devices() -> dict[str, Any]:

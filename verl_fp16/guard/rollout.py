@@ -192,7 +192,7 @@ def temperature_of_float16(case: Case) -> Iterator[Finding]:
 
 def teachers(case: Case) -> Iterator[Finding]:
     """A distillation teacher runs in vLLM too; in verl's own file its dtype follows the rollout's."""
-    for name in case.children(TEACHERS):
+    for name in case.children(TEACHERS) if case.get("distillation.enabled", True) is not False else ():
         key = f"{TEACHERS}.{name}.inference.dtype"
         value = case.get(key, "bfloat16")  # verl's dataclass
         if case.rollout is None or value == case.get(f"{GENERATION}.dtype"):

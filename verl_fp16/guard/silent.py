@@ -12,7 +12,7 @@ ESTIMATOR = "algorithm.adv_estimator"
 OVERLONG = "reward.reward_kwargs.overlong_buffer_cfg"
 TEMPLATE = f"{MODELS[0]}.custom_chat_template"
 # Those that take 0 for the mean of a group of one, read in verl's core_algos.
-GROUPED = ("grpo", "rloo", "opo", "gpg")
+GROUPED = ("grpo", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline")
 
 
 def answer_room(case: Case) -> Iterator[Finding]:
@@ -30,7 +30,7 @@ _LENGTHS = ("max_model_len", "prompt_length", "response_length")
 def group_of_one(case: Case) -> Iterator[Finding]:
     """With a single answer to a question there is no mean to compare it with."""
     estimator, answers = case.get(ESTIMATOR, None), case.get(f"{GENERATION}.n", None)
-    if estimator in GROUPED and answers == 1:
+    if estimator in GROUPED and answers == 1 and case.get("trainer.val_only", False) is not True:
         why = f"{estimator} compares the answers to a question, and of one alone it takes the bare reward"
         yield Finding("warning", f"{GENERATION}.n", answers, why, (f"{GENERATION}.n=8",), f"or {ESTIMATOR}=gae")
 

@@ -202,6 +202,8 @@ def refuse_mistyped_flag(config: Any) -> None:
         group, plus = GROUP, "+"
     if slip:
         hint = f" In a recipe it goes into the defaults list: - {group}: {member}" if key == group else ""
+        if not plus and group != GROUP:
+            hint += f" Where no recipe names the group: +{group}={member}."
         raise GuardError(f"verl_fp16: unknown key {key}={value}: did you mean {plus}{group}={member}?{hint}")
 
 
