@@ -19,9 +19,10 @@ def options(arguments: Sequence[str]) -> Namespace | None:
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
-        return parser.parse_known_args(list(arguments))[0]
+        given, unknown = parser.parse_known_args(list(arguments))
     except ArgumentError:
         return None
+    return None if unknown else given
 
 
 def exclusive_options(arguments: Sequence[str]) -> list[str]:

@@ -58,6 +58,7 @@ DRY_RUN_REFUSALS = (
     (("actor_rollout_ref.rollout.dtype=float32",), "1 setting contradicts the precision flag"),
     (("+precison=bf16",), "did you mean precision=bf16?"),
     (("--cfg", "nothing"), "Hydra does not take the options --cfg"),
+    (("--bogus=3",), "Hydra does not take the options --bogus=3"),
     (("-m", "precision=fp16,fp17"), "precision=fp17: In 'gsm8k_grpo': there is no precision=fp17"),
 )
 
