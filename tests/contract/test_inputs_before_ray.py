@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 
-def test_what_is_not_there_is_told_with_the_command_that_makes_it(tmp_path):
+def launched(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """verl's launcher, which stops before Ray since there is neither a model nor data."""
     done = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "quickstart", "quickstart_dir=mine"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
+        cwd=folder,
         env={**os.environ, "RAY_ADDRESS": "local"},
         capture_output=True,
         text=True,
@@ -19,6 +21,21 @@ def test_what_is_not_there_is_told_with_the_command_that_makes_it(tmp_path):
     assert done.returncode == 1
     assert "ray init kwargs" not in done.stdout, "Ray was about to start"
     assert "Traceback" not in done.stderr
+    return done
+
+
+def test_a_misspelt_key_of_a_copied_recipe_is_warned_of(tmp_path):
+    recipe = "defaults: [quickstart, _self_]\nquickstart_dir: mine\ntrainer: {total_epoch: 3}\n"
+    (tmp_path / "mine.yaml").write_text(recipe)
+    done = launched(tmp_path, "--config-dir", str(tmp_path), "--config-name", "mine")
+    assert "trainer.total_epoch=3" in done.stderr
+    assert "did you mean trainer.total_epochs?" in done.stderr
+    assert done.stderr.count("no such key") == 1
+
+
+def test_what_is_not_there_is_told_with_the_command_that_makes_it(tmp_path):
+    done = launched(tmp_path, "--config-name", "quickstart", "quickstart_dir=mine")
+    assert "verl does not know" not in done.stderr and "no such key" not in done.stderr
     told = [line for line in done.stderr.splitlines() if line.endswith("python -m verl_fp16.quickstart.make mine")]
     assert [line.partition(":")[0] for line in told] == [
         "data.train_files",

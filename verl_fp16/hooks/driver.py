@@ -43,6 +43,7 @@ def check_before_start(config: Any) -> None:
             refuse_runs_in_one_process()
             refuse_mistyped_flag(config)
             guard_start(config)
+            tell_of_unknown_keys(config)
             require_inputs(config)
             keep_tripwire(config)
         else:
@@ -70,6 +71,34 @@ def guard_start(config: DictConfig) -> None:
     if errors(found):
         raise GuardError(render_errors(found, declared_pair(config)))
     if found:
+        print(render_warnings(found), file=sys.stderr, flush=True)
+
+
+def tell_of_unknown_keys(config: DictConfig) -> None:
+    """In verl's launcher, warn of keys that verl's own configuration lacks: Hydra takes them, and nobody reads them.
+
+    Hydra composes that configuration once more for it, without importing anything. Nothing is said of an entry point
+    that builds on another one.
+    """
+    # Imported in the launcher alone, where Hydra is there: every process that loads the hooks imports this module.
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from verl_fp16.installed import find_verl
+    from verl_fp16.recipe_files import TRAINER
+    from verl_fp16.unknown_keys import unknown_keys
+
+    if not in_launcher() or not (GlobalHydra.instance().is_initialized() and HydraConfig.initialized()):
+        return
+    hydra = HydraConfig.get()
+    loader = GlobalHydra.instance().config_loader()
+    defaults = loader.compute_defaults_list(hydra.job.config_name, list(hydra.overrides.task), RunMode.RUN).defaults
+    if TRAINER not in {one.config_path for one in defaults}:
+        return
+    ours, theirs = (OmegaConf.to_container(one, resolve=False) for one in (config, compose(TRAINER)))
+    if found := unknown_keys(ours, theirs, find_verl().folder):
         print(render_warnings(found), file=sys.stderr, flush=True)
 
 
