@@ -145,3 +145,16 @@ def test_a_verl_without_platforms_sees_the_cpu_alone_until_undone():
     assert module.get_torch_device().mem_get_info()[0] > 0, "torch.cpu has no memory statistics"
     undo()
     assert vars(module) == {"is_cuda_available": True, "is_npu_available": False, "get_torch_device": cuda}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "slots", "named"),
+    (("", 2, "-1,-1"), ("NoDevFiles", 1, "-1"), ("0,1", 2, "0,1"), ("", None, ""), (None, 2, None)),
+)
+def test_gpus_that_are_hidden_stay_so_and_ray_has_its_logical_ones(hidden, slots, named, monkeypatch):
+    """Ray refuses to start with more GPUs than the variable names, also with logical ones."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    choice.keep_gpus_hidden(slots)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == named

@@ -14,6 +14,8 @@ from verl_fp16.switch import how_to_load
 ENV_VAR = "VERL_PLATFORM"
 PLATFORM = "cpu"
 
+_VISIBLE, _NONE_VISIBLE = "CUDA_VISIBLE_DEVICES", ("", "NoDevFiles")
+
 # Read by vLLM's CPU build. One GiB of KV cache and no core binding: the trainer's and the rollout's processes share the
 # cores, and bound threads of two processes on one core wait for each other.
 _VLLM_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -36,11 +38,21 @@ def hand_on_to_workers(config: Any) -> None:
 
     env = {ENV_VAR: PLATFORM, **{name: os.environ.get(name, value) for name, value in _VLLM_ENV.items()}}
     os.environ.update(env)
+    keep_gpus_hidden(OmegaConf.select(config, "ray_kwargs.ray_init.num_gpus"))
     with open_dict(config):
         for name, value in env.items():
             key = f"ray_kwargs.ray_init.runtime_env.env_vars.{name}"
             if OmegaConf.select(config, key) is None:
                 OmegaConf.update(config, key, value, force_add=True)
+
+
+def keep_gpus_hidden(slots: int | None) -> None:
+    """Where ``CUDA_VISIBLE_DEVICES=`` hides all GPUs, name as many that do not exist as Ray gives out logical ones.
+
+    Ray refuses to start with more than the variable names.
+    """
+    if slots and os.environ.get(_VISIBLE) in _NONE_VISIBLE:
+        os.environ[_VISIBLE] = ",".join(["-1"] * int(slots))
 
 
 def not_loaded() -> RuntimeError:
