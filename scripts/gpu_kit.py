@@ -3,9 +3,9 @@
 
 ::
 
-    python scripts/gpu_kit.py pack --output DIR    # DIR/manifest.json, DIR/kit-000.bin ..., DIR/gpu_kit_there.py
+    python scripts/gpu_kit.py pack --output DIR    # DIR/manifest.json, DIR/kit-000.bin ..., DIR/gpu_kit_there.pyz
 
-Each piece is small enough for one transfer. What happens there is in gpu_kit_there.py, which travels along; see
+Each piece is small enough for one transfer. What happens there is in gpu_kit_there.pyz, which travels along; see
 docs/gpu-kit.md. Exit codes: 0 packed, 1 the machine failed, 2 a wrong input, 130 interrupted.
 """
 
@@ -18,17 +18,30 @@ import json
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import gpu_kit_pins as pins
-import gpu_kit_there as there
+import gpu_kit_there
 import gpu_kit_wheels
-from gpu_kit_there import KitError
+from gpu_kit_there.common import (
+    FAILED,
+    INTERRUPTED,
+    KitError,
+    Progress,
+    megabytes,
+    normalized,
+    same_version,
+    sha256_of,
+    table,
+    taking_its_place,
+)
+from gpu_kit_there.manifest import FORMAT, HEADER_BYTES, MAGIC, header, kit_name, manifest_digest
 from gpu_kit_wheels import Built, Wanted
 
-SCRIPT = Path(there.__file__)
-SMALLEST_PIECE = 2 * there.HEADER_BYTES
+SCRIPT = "gpu_kit_there.pyz"
+SMALLEST_PIECE = 2 * HEADER_BYTES
 
 
 def pack(output: Path, folder: Path, wanted: Wanted, piece: int, *, offline: bool = False) -> dict:
@@ -56,7 +69,7 @@ def pack(output: Path, folder: Path, wanted: Wanted, piece: int, *, offline: boo
 
 def _refuse_other_torch(wanted: Wanted) -> None:
     found = wanted.present.get("torch")
-    if wanted.present and (found is None or not there.same_version(wanted.torch, found)):
+    if wanted.present and (found is None or not same_version(wanted.torch, found)):
         raise KitError(
             f"--present: the machine has {f'torch {found}' if found else 'no torch'}, and the kit would be for torch "
             f"{wanted.torch}: name the one that is there with --torch, and with --vllm one that goes with it"
@@ -84,7 +97,7 @@ def _from_folder(folder: Path, wanted: Wanted) -> tuple[list[Built], dict[str, s
     names = [wheel.name for wheel in wheels]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise KitError(f"--offline: {folder} has several wheels of {', '.join(double)}: leave one of each")
-    asked = {there.normalized(line.name) for wheel in wheels for line in wheel.requires}
+    asked = {normalized(line.name) for wheel in wheels for line in wheel.requires}
     held = frozenset(
         n for n in asked if gpu_kit_wheels.comes_with_torch(n) and (n in pins.WITH_TORCH or n not in names)
     )
@@ -101,13 +114,13 @@ def write_kit(
     """
     if piece < SMALLEST_PIECE:
         raise KitError(f"--piece-mb: a piece needs {SMALLEST_PIECE} bytes at least")
-    payload = piece - there.HEADER_BYTES
+    payload = piece - HEADER_BYTES
     ordered = sorted(wheels, key=lambda wheel: wheel.name)
     vllm = next((wheel.file for wheel in ordered if wheel.name == "vllm"), None)
     extensions, cuda = gpu_kit_wheels.extensions_of(vllm) if vllm else ((), None)
     named = {*pins.IMPORTS.values(), "transformers"}
     values = {
-        "format": there.FORMAT,
+        "format": FORMAT,
         "torch": wanted.torch,
         "target": {"python": wanted.python, "machine": "x86_64", "glibc": wanted.glibc},
         "payload": payload,
@@ -121,30 +134,41 @@ def write_kit(
         "pip": next(wheel.file.name for wheel in ordered if wheel.name == "pip"),
         "wheels": list(_laid_out(ordered, payload)),
     }
-    values["kit"] = there.kit_name(values)
+    values["kit"] = kit_name(values)
     size = sum(wheel["size"] for wheel in values["wheels"])
     if (free := shutil.disk_usage(output).free) < size:
-        raise KitError(
-            f"{output}: {there.megabytes(size)} are needed, and {there.megabytes(free)} are free", there.FAILED
-        )
+        raise KitError(f"{output}: {megabytes(size)} are needed, and {megabytes(free)} are free", FAILED)
     (output / "manifest.json").unlink(missing_ok=True)
     _remove_pieces(output)
     blocks = _blocks([wheel.file for wheel in ordered], payload)
-    progress = there.Progress("packing", size)
+    progress = Progress("packing", size)
     values["pieces"] = [_write_piece(output, values["kit"], n, block, progress) for n, block in enumerate(blocks)]
     values["made"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    values["digest"] = there.manifest_digest(values)
-    with there.taking_its_place(output / SCRIPT.name) as fresh:
-        shutil.copyfile(SCRIPT, fresh)
-    with there.taking_its_place(output / "manifest.json") as fresh:
+    values["digest"] = manifest_digest(values)
+    with taking_its_place(output / SCRIPT) as fresh:
+        write_script(fresh)
+    with taking_its_place(output / "manifest.json") as fresh:
         fresh.write_text(json.dumps(values, indent=1) + "\n")
     return values
+
+
+def write_script(file: Path) -> None:
+    """The package that joins and installs a kit, as the one file that Python runs; the same bytes each time."""
+    package = Path(gpu_kit_there.__file__).parent
+    run = f"from {package.name}.commands import main\nraise SystemExit(main())\n"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in [
+            ("__main__.py", run),
+            *((f"{package.name}/{module.name}", module.read_text()) for module in sorted(package.glob("*.py"))),
+        ]:
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
 
 
 def _remove_pieces(output: Path) -> None:
     for old in output.glob("kit-*.bin"):
         with old.open("rb") as stream:
-            is_piece = stream.read(len(there.MAGIC)) == there.MAGIC
+            is_piece = stream.read(len(MAGIC)) == MAGIC
         if is_piece:
             old.unlink()
 
@@ -152,14 +176,14 @@ def _remove_pieces(output: Path) -> None:
 def _laid_out(wheels: Sequence[Built], payload: int) -> Iterator[dict]:
     """All wheels end to end, cut every ``payload`` bytes: small ones share a piece, large ones are cut."""
     start = 0
-    progress = there.Progress("reading", sum(wheel.file.stat().st_size for wheel in wheels))
+    progress = Progress("reading", sum(wheel.file.stat().st_size for wheel in wheels))
     for wheel in wheels:
         size = wheel.file.stat().st_size
         last = (start + size - 1) // payload
         yield {
             "name": wheel.file.name,
             "size": size,
-            "sha256": there.sha256_of(wheel.file, progress),
+            "sha256": sha256_of(wheel.file, progress),
             "start": start,
             "pieces": [piece_name(index) for index in range(start // payload, last + 1)],
         }
@@ -184,9 +208,9 @@ def _blocks(files: Sequence[Path], payload: int) -> Iterator[bytes]:
         yield bytes(block)
 
 
-def _write_piece(output: Path, kit: str, index: int, block: bytes, progress: there.Progress) -> dict:
-    content = there.header(kit, index) + block
-    with there.taking_its_place(output / piece_name(index)) as fresh:
+def _write_piece(output: Path, kit: str, index: int, block: bytes, progress: Progress) -> dict:
+    content = header(kit, index) + block
+    with taking_its_place(output / piece_name(index)) as fresh:
         fresh.write_bytes(content)
     progress.add(len(block))
     return {"name": piece_name(index), "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -195,8 +219,8 @@ def _write_piece(output: Path, kit: str, index: int, block: bytes, progress: the
 def told(manifest: dict) -> str:
     """What is in the kit, the largest first, and what is not."""
     wheels = sorted(manifest["wheels"], key=lambda wheel: (-wheel["size"], wheel["name"]))
-    rows = [(wheel["name"], there.megabytes(wheel["size"])) for wheel in wheels]
-    lines = [there.table(("wheel", "size"), rows), ""]
+    rows = [(wheel["name"], megabytes(wheel["size"])) for wheel in wheels]
+    lines = [table(("wheel", "size"), rows), ""]
     if manifest["there"]:
         lines.append("there already: " + ", ".join(f"{name} {version}" for name, version in manifest["there"].items()))
     lines.append(
@@ -207,8 +231,8 @@ def told(manifest: dict) -> str:
     lines.append(f"left to torch {manifest['torch']}: {', '.join(manifest['held'])}")
     if manifest["without"]:
         lines.append(f"left out, as asked: {', '.join(manifest['without'])}")
-    size = there.megabytes(sum(wheel["size"] for wheel in wheels))
-    largest = there.megabytes(max(piece["size"] for piece in manifest["pieces"]))
+    size = megabytes(sum(wheel["size"] for wheel in wheels))
+    largest = megabytes(max(piece["size"] for piece in manifest["pieces"]))
     pieces = f"{len(manifest['pieces'])} pieces of {largest} at most"
     lines.append(f"kit {manifest['kit']}: {len(wheels)} wheels, {size}, {pieces}")
     return "\n".join(lines)
@@ -243,7 +267,7 @@ def _wanted(given: argparse.Namespace) -> Wanted:
             raise KitError(f"{option} {value}: this is not such a version (they look like {form})")
     present = gpu_kit_wheels.read_present(given.present) if given.present else {}
     return Wanted(given.python, given.torch, given.vllm, given.glibc, present,
-                  frozenset(map(there.normalized, given.without)))  # fmt: skip
+                  frozenset(map(normalized, given.without)))  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -256,10 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.code
     except OSError as error:
         print(f"gpu-kit: {error.filename or given.output}: {error.strerror or error}", file=sys.stderr)
-        return there.FAILED
+        return FAILED
     except KeyboardInterrupt:
         print("gpu-kit: interrupted; fetched wheels are kept, and the same command goes on", file=sys.stderr)
-        return there.INTERRUPTED
+        return INTERRUPTED
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import IO
 
 import gpu_kit_pins as pins
 import setup_env
-from gpu_kit_there import KitError, Progress, normalized, same_version
+from gpu_kit_there.common import KitError, Progress, normalized, same_version
 from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename

@@ -8,12 +8,16 @@ import json
 import random
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_kit_there as there
+import gpu_kit_there
 import pytest
 from gpu_kit_fakes import make_house, make_wheel, pack
+from gpu_kit_there import commands, common
+from gpu_kit_there import manifest as manifests
+from gpu_kit_there import pieces as joining
 
 pytestmark = pytest.mark.unit
 
@@ -33,7 +37,7 @@ def packed(house: Path, tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> int:
-    return there.main([str(argument) for argument in arguments])
+    return commands.main([str(argument) for argument in arguments])
 
 
 def pieces(packed: Path) -> list[Path]:
@@ -46,16 +50,19 @@ def remade(packed: Path, change: Callable[[dict], None], *, name: bool = True) -
     values = json.loads(file.read_text())
     change(values)
     if name:
-        values["kit"] = there.kit_name(values)
-    values["digest"] = there.manifest_digest(values)
+        values["kit"] = manifests.kit_name(values)
+    values["digest"] = manifests.manifest_digest(values)
     file.write_text(json.dumps(values))
 
 
 def test_the_script_that_travels_needs_the_standard_library_alone():
-    tree = ast.parse(Path(there.__file__).read_text())
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+    names: set[str] = set()
+    for module in Path(gpu_kit_there.__file__).parent.glob("*.py"):
+        tree = ast.parse(module.read_text())
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= {"gpu_kit_there", *sys.stdlib_module_names}
+    assert "gpu_kit_there.common" in names and "zipfile" in names
 
 
 def test_carried_one_by_one_in_any_order_the_wheels_are_the_same(house, packed, tmp_path, capsys):
@@ -77,7 +84,7 @@ def test_carried_one_by_one_in_any_order_the_wheels_are_the_same(house, packed, 
         code = run("collect", arrived, "--kit", kit)
         out = capsys.readouterr().out
         assert f"{number} of {len(order)} pieces are there" in out
-        assert code == (0 if number == len(order) else there.INCOMPLETE)
+        assert code == (0 if number == len(order) else common.INCOMPLETE)
         assert all((left.name in out) == (code != 0) for left in order[number:])
     assert run("status", "--kit", kit) == 0
     assert "0 of 5 wheels are joined" in capsys.readouterr().out
@@ -132,12 +139,12 @@ def test_a_broken_piece_is_named_and_not_taken(packed, tmp_path, capsys, harm, t
     shutil.copytree(packed, arrived)
     harm(arrived / "kit-002.bin")
     (arrived / "kit-001.bin").rename(arrived / "z.bin")  # after the broken one, whatever that claims to be
-    assert run("collect", arrived, "--kit", kit) == there.INCOMPLETE
+    assert run("collect", arrived, "--kit", kit) == common.INCOMPLETE
     printed = capsys.readouterr()
     assert "kit-002.bin: " in printed.err
     assert told in printed.err
     assert "missing: kit-002.bin\n" in printed.out
-    assert run("join", "--kit", kit) == there.INCOMPLETE
+    assert run("join", "--kit", kit) == common.INCOMPLETE
     assert "pieces are missing: kit-002.bin. Collect them first" in capsys.readouterr().err
     assert not (kit / "wheels").exists()
     assert run("collect", packed / "kit-002.bin", "--kit", kit) == 0
@@ -156,14 +163,14 @@ def test_a_piece_that_comes_twice_changes_nothing(packed, tmp_path, capsys):
 
 def test_pieces_and_manifests_of_another_kit_are_not_taken(house, packed, tmp_path, capsys):
     kit = tmp_path / "kit"
-    assert run("collect", packed / "manifest.json", packed / "kit-000.bin", "--kit", kit) == there.INCOMPLETE
+    assert run("collect", packed / "manifest.json", packed / "kit-000.bin", "--kit", kit) == common.INCOMPLETE
     make_wheel(house, "ray", "2.0")
     (house / "ray-1.0-py3-none-any.whl").unlink()
     other = pack(house, tmp_path / "other")
     ours, theirs = (json.loads((folder / "manifest.json").read_text())["kit"] for folder in (packed, other))
     own = (kit / "manifest.json").read_bytes()
     capsys.readouterr()
-    assert run("collect", other, "--kit", kit) == there.INCOMPLETE
+    assert run("collect", other, "--kit", kit) == common.INCOMPLETE
     printed = capsys.readouterr()
     assert f"kit-001.bin: a piece of another kit, {theirs}; this is {ours}" in printed.err
     assert f"manifest.json: of another kit, {theirs}; this is {ours}" in printed.err
@@ -180,8 +187,8 @@ def test_a_collect_that_was_interrupted_goes_on(packed, tmp_path, monkeypatch, c
         if len(seen) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(there.shutil, "copyfile", interrupted)
-    assert run("collect", packed, "--kit", kit) == there.INTERRUPTED
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    assert run("collect", packed, "--kit", kit) == common.INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
     monkeypatch.undo()
     assert sorted(file.name for file in kit.iterdir()) == ["kit-000.bin", "kit-001.bin", "manifest.json"]
@@ -200,9 +207,9 @@ def test_a_piece_that_breaks_after_it_was_collected_is_set_aside(packed, tmp_pat
     kit = tmp_path / "kit"
     run("collect", packed, "--kit", kit)
     flip(kit / "kit-003.bin")
-    assert run("join", "--kit", kit) == there.INCOMPLETE
+    assert run("join", "--kit", kit) == common.INCOMPLETE
     assert "broken since they were collected: kit-003.bin. Bring them again" in capsys.readouterr().err
-    assert run("status", "--kit", kit) == there.INCOMPLETE
+    assert run("status", "--kit", kit) == common.INCOMPLETE
     assert "missing: kit-003.bin\n" in capsys.readouterr().out
     assert run("collect", packed / "kit-003.bin", "--kit", kit) == 0
     assert run("join", "--kit", kit) == 0
@@ -221,7 +228,7 @@ def test_a_broken_piece_does_not_count_where_the_kit_is_collected_in_place(packe
     shutil.copytree(packed, tmp_path / "kit")
     harm(tmp_path / "kit" / "kit-003.bin")
     for command in (("collect", tmp_path / "kit"), ("collect", tmp_path / "kit"), ("status",)):
-        assert run(*command, "--kit", tmp_path / "kit") == there.INCOMPLETE
+        assert run(*command, "--kit", tmp_path / "kit") == common.INCOMPLETE
         assert "missing: kit-003.bin\n" in capsys.readouterr().out
     assert run("collect", packed / "kit-003.bin", "--kit", tmp_path / "kit") == 0
     assert run("join", "--kit", tmp_path / "kit") == 0
@@ -230,7 +237,7 @@ def test_a_broken_piece_does_not_count_where_the_kit_is_collected_in_place(packe
 def test_a_piece_in_its_place_that_is_refused_is_set_aside_and_not_lost(packed, capsys):
     flip(packed / "kit-003.bin")
     content = (packed / "kit-003.bin").read_bytes()
-    assert run("collect", packed, "--kit", packed) == there.INCOMPLETE
+    assert run("collect", packed, "--kit", packed) == common.INCOMPLETE
     assert "kit-003.bin: broken: the digest is not that of kit-003.bin" in capsys.readouterr().err
     assert (packed / "kit-003.bin.broken").read_bytes() == content
 
@@ -267,7 +274,7 @@ def of_another_format(values: dict) -> None:
 )
 def test_a_manifest_that_was_tampered_with_is_refused(packed, tmp_path, capsys, change, name, told):
     remade(packed, change, name=name)
-    assert run("collect", packed, "--kit", tmp_path / "kit") == there.WRONG_INPUT
+    assert run("collect", packed, "--kit", tmp_path / "kit") == common.WRONG_INPUT
     assert told in capsys.readouterr().err
     assert not list((tmp_path / "kit").iterdir())
 
@@ -284,7 +291,7 @@ def test_a_damaged_manifest_is_refused(packed, tmp_path, capsys, harm, told):
     file = packed / "manifest.json"
     whole = file.read_text()
     file.write_text(harm(whole))
-    assert run("collect", packed, "--kit", tmp_path / "kit") == there.WRONG_INPUT
+    assert run("collect", packed, "--kit", tmp_path / "kit") == common.WRONG_INPUT
     assert told in capsys.readouterr().err
     file.write_text(whole)
     assert run("collect", packed, "--kit", tmp_path / "kit") == 0
@@ -302,35 +309,35 @@ def test_a_manifest_whose_digests_are_wrong_though_they_fit_is_found_by_join(pac
         for piece in values["pieces"]:
             file = packed / piece["name"]
             file.write_bytes(file.read_bytes().replace(name.encode(), fresh.encode(), 1))
-            piece["sha256"] = there.sha256_of(file)
+            piece["sha256"] = common.sha256_of(file)
 
     remade(packed, repacked)
     assert run("collect", packed, "--kit", tmp_path / "kit") == 0
-    assert run("join", "--kit", tmp_path / "kit") == there.WRONG_INPUT
+    assert run("join", "--kit", tmp_path / "kit") == common.WRONG_INPUT
     assert "pip-1.0-py3-none-any.whl: the digest differs" in capsys.readouterr().err
     assert not list((tmp_path / "kit" / "wheels").iterdir())
 
 
 def test_without_a_manifest_or_with_a_name_that_is_not_there(packed, tmp_path, capsys):
-    assert run("collect", packed / "kit-000.bin", "--kit", tmp_path / "kit") == there.WRONG_INPUT
+    assert run("collect", packed / "kit-000.bin", "--kit", tmp_path / "kit") == common.WRONG_INPUT
     assert "copy manifest.json along" in capsys.readouterr().err
-    assert run("collect", packed / "kit-999.bin", "--kit", tmp_path / "kit") == there.WRONG_INPUT
+    assert run("collect", packed / "kit-999.bin", "--kit", tmp_path / "kit") == common.WRONG_INPUT
     assert "kit-999.bin is not there: name the files or folders that arrived" in capsys.readouterr().err
     for command in ("status", "join", "install"):
-        assert run(command, "--kit", tmp_path / "none") == there.WRONG_INPUT
+        assert run(command, "--kit", tmp_path / "none") == common.WRONG_INPUT
 
 
 def test_a_disk_that_is_full_leaves_no_half_wheel(packed, tmp_path, monkeypatch, capsys):
     run("collect", packed, "--kit", tmp_path)
-    whole = there.wheel_bytes
+    whole = joining.wheel_bytes
 
-    def full(kit: there.Kit, folder: Path, wheel: there.Wheel):
+    def full(kit: manifests.Kit, folder: Path, wheel: manifests.Wheel):
         yield from whole(kit, folder, wheel)
         if wheel.distribution == "verl":
             raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
-    monkeypatch.setattr(there, "wheel_bytes", full)
-    assert run("join", "--kit", tmp_path) == there.FAILED
+    monkeypatch.setattr(joining, "wheel_bytes", full)
+    assert run("join", "--kit", tmp_path) == common.FAILED
     assert "No space left on device" in capsys.readouterr().err
     left = sorted(file.name for file in (tmp_path / "wheels").iterdir())
     assert left == ["pip-1.0-py3-none-any.whl", "ray-1.0-py3-none-any.whl"]
@@ -342,8 +349,8 @@ def test_a_disk_that_is_full_leaves_no_half_wheel(packed, tmp_path, monkeypatch,
 
 def test_too_little_room_is_told_before_the_first_wheel(packed, tmp_path, monkeypatch, capsys):
     run("collect", packed, "--kit", tmp_path)
-    monkeypatch.setattr(there.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    assert run("join", "--kit", tmp_path) == there.FAILED
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    assert run("join", "--kit", tmp_path) == common.FAILED
     assert "are needed, and 0.0 MB are free" in capsys.readouterr().err
     assert not list((tmp_path / "wheels").iterdir())
 
@@ -354,15 +361,15 @@ def test_what_takes_long_says_how_long_it_will_take(packed, tmp_path, monkeypatc
     run("join", "--kit", tmp_path)
     assert "left" not in capsys.readouterr().out, "quick work says nothing"
     shutil.rmtree(tmp_path / "wheels")
-    monkeypatch.setattr(there, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(common, "TELL_EVERY", 0.0)
     run("join", "--kit", tmp_path)
     assert "joining: 0.0 MB of 0.0 MB, about 0 s left" in capsys.readouterr().out
 
 
 def test_the_time_left_is_in_proportion(monkeypatch, capsys):
     clock = iter([100.0, 105.0, 130.0, 131.0])
-    monkeypatch.setattr(there.time, "monotonic", lambda: next(clock))
-    progress = there.Progress("joining", 4_000_000)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    progress = common.Progress("joining", 4_000_000)
     for size in (500_000, 500_000, 500_000):
         progress.add(size)
     assert capsys.readouterr().out == "joining: 1.0 MB of 4.0 MB, about 90 s left\n"

@@ -7,14 +7,17 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_kit_there as there
+import gpu_kit
 import gpu_kit_wheels
 import pytest
 from gpu_kit_fakes import TORCH, fake_torch, make_house, make_machine, make_wheel, pack, real_pip
+from gpu_kit_there import commands, common, installation
+from gpu_kit_there import machine as machines
 
 pytestmark = pytest.mark.unit
 
@@ -31,8 +34,8 @@ def carried(house: Path, folder: Path, *options: str) -> Path:
         old.unlink()
     real_pip(house)
     packed = pack(house, folder / "packed", *options, piece=1.0)
-    assert there.main(["collect", str(packed), "--kit", str(folder / "kit")]) == 0
-    assert there.main(["join", "--kit", str(folder / "kit")]) == 0
+    assert commands.main(["collect", str(packed), "--kit", str(folder / "kit")]) == 0
+    assert commands.main(["join", "--kit", str(folder / "kit")]) == 0
     return folder / "kit"
 
 
@@ -49,7 +52,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def install(python: Path, kit: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The script as it travels, run by the machine's own Python, with pip's settings against it."""
-    command = [python, shutil.copy(there.__file__, kit), "install", "--kit", kit, *options]
+    script = kit / gpu_kit.SCRIPT
+    gpu_kit.write_script(script)
+    command = [python, script, "install", "--kit", kit, *options]
     own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     against = {
         "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
@@ -113,7 +118,7 @@ def test_into_the_running_python(tmp_path):
     assert says(python, code) == f"{TORCH}+cu130 5.9.0 1.0"
     assert not (kit / "venv").exists()
     process = install(python, kit, "--target", "running", "--venv", str(tmp_path / "x"))
-    assert process.returncode == there.WRONG_INPUT
+    assert process.returncode == common.WRONG_INPUT
     assert "--venv has no effect with --target running" in process.stderr
 
 
@@ -122,11 +127,11 @@ def test_another_torch_is_refused_before_anything_is_changed(kit, tmp_path, targ
     python = make_machine(tmp_path / "machine", torch)
     before, own = listing(tmp_path / "machine"), listing(kit).keys()
     process = install(python, kit, "--target", target)
-    assert process.returncode == there.WRONG_INPUT
+    assert process.returncode == common.WRONG_INPUT
     assert process.stderr.startswith(f"gpu-kit: torch {torch} is here, and the kit was packed for torch {TORCH}")
     assert process.stderr.count("\n") == 1
     assert listing(tmp_path / "machine") == before
-    assert listing(kit).keys() == own | {kit / "gpu_kit_there.py"}
+    assert listing(kit).keys() == own | {kit / "gpu_kit_there.pyz"}
 
 
 @pytest.fixture
@@ -148,7 +153,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 def test_a_torch_for_another_cuda_than_vllms_is_refused(compiled, tmp_path, torch, built):
     kit = compiled("")
     process = install(make_machine(tmp_path / "machine", f"{TORCH}+{torch}"), kit)
-    assert process.returncode == there.WRONG_INPUT
+    assert process.returncode == common.WRONG_INPUT
     assert f"torch {TORCH}+{torch} here is built {built}, and the kit's vllm for CUDA 13" in process.stderr
     assert process.stderr.count("\n") == 1
     assert not (kit / "venv").exists()
@@ -157,7 +162,7 @@ def test_a_torch_for_another_cuda_than_vllms_is_refused(compiled, tmp_path, torc
 def test_an_extension_of_vllm_that_does_not_load_is_a_failure(compiled, tmp_path):
     kit = compiled("raise ImportError('libcudart.so.13: cannot open shared object file')")
     process = install(make_machine(tmp_path / "machine"), kit)
-    assert process.returncode == there.FAILED
+    assert process.returncode == common.FAILED
     assert "vllm._C_new does not load: ImportError: libcudart.so.13: cannot open shared object file" in process.stderr
     assert ["vllm", "1.0", "1.0"] in [line.split() for line in process.stdout.splitlines()]
 
@@ -188,14 +193,14 @@ def test_with_a_gpu_and_an_extension_that_loads_there_is_no_warning(compiled, tm
     ],
 )
 def test_a_local_label_counts_only_where_it_is_asked_for(wanted, found, fits):
-    assert there.same_version(wanted, found) == fits
+    assert common.same_version(wanted, found) == fits
 
 
 def test_a_torch_that_does_not_import_is_told(kit, tmp_path):
     python = make_machine(tmp_path / "machine")
     next((tmp_path / "machine").glob("lib/python*/site-packages/torch/__init__.py")).write_text("import no_driver\n")
     process = install(python, kit)
-    assert process.returncode == there.WRONG_INPUT
+    assert process.returncode == common.WRONG_INPUT
     assert f"cannot import torch, and the kit needs torch {TORCH} there" in process.stderr
     assert "No module named 'no_driver'" in process.stderr
     assert not (kit / "venv").exists()
@@ -208,11 +213,11 @@ def test_another_python_machine_or_libc_is_refused(joined, monkeypatch, capsys):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(platform, name, value)
-            assert there.main(["install", "--kit", str(joined)]) == there.WRONG_INPUT
+            assert commands.main(["install", "--kit", str(joined)]) == common.WRONG_INPUT
         assert told in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(there.sys, "version_info", (3, 9, 1))
-        assert there.main(["install", "--kit", str(joined)]) == there.WRONG_INPUT
+        patch.setattr(sys, "version_info", (3, 9, 1))
+        assert commands.main(["install", "--kit", str(joined)]) == common.WRONG_INPUT
     assert "this is python 3.9, and the kit is for 3." in capsys.readouterr().err
 
 
@@ -229,7 +234,7 @@ def test_what_was_left_out_has_to_be_there(tmp_path):
     for found, told in (({}, "numpy 2.3.5 (not here)"), ({"numpy": "2.4.0"}, "numpy 2.3.5 (here: 2.4.0)")):
         python = make_machine(tmp_path / f"machine-{len(found)}", **found)
         process = install(python, kit)
-        assert process.returncode == there.WRONG_INPUT
+        assert process.returncode == common.WRONG_INPUT
         assert f"the kit leaves out what another machine had: {told}. Nothing was changed" in process.stderr
         assert not (kit / "venv").exists()
     assert install(make_machine(tmp_path / "machine", numpy="2.3.5"), kit).returncode == 0
@@ -239,24 +244,24 @@ def test_wheels_that_are_not_whole_are_not_installed(kit, machine):
     wheel = kit / "wheels" / "ray-1.0-py3-none-any.whl"
     wheel.write_bytes(wheel.read_bytes()[:-1] + b"x")
     process = install(machine, kit)
-    assert process.returncode == there.INCOMPLETE
+    assert process.returncode == common.INCOMPLETE
     assert "ray-1.0-py3-none-any.whl is not there as it was packed: run join first" in process.stderr
-    assert there.main(["join", "--kit", str(kit)]) == 0
+    assert commands.main(["join", "--kit", str(kit)]) == 0
     assert install(machine, kit).returncode == 0
 
 
 @pytest.mark.parametrize("target", ("venv", "running"))
 def test_too_little_room_is_told_before_anything_is_changed(kit, monkeypatch, capsys, target):
     """Room for the wheels as they are unpacked."""
-    monkeypatch.setattr(there, "torch_facts", lambda *_: there.Torch(TORCH, "13.0", True))
-    monkeypatch.setattr(there, "_install_wheels", lambda *_: pytest.fail("it installs"))
+    monkeypatch.setattr(installation, "torch_facts", lambda *_: machines.Torch(TORCH, "13.0", True))
+    monkeypatch.setattr(installation, "_install_wheels", lambda *_: pytest.fail("it installs"))
     unpacked = 0
     for wheel in (kit / "wheels").iterdir():
         with zipfile.ZipFile(wheel) as archive:
             unpacked += sum(file.file_size for file in archive.infolist())
-    monkeypatch.setattr(there.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, unpacked - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, unpacked - 1))
     before = listing(kit)
-    assert there.main(["install", "--kit", str(kit), "--target", target]) == there.FAILED
+    assert commands.main(["install", "--kit", str(kit), "--target", target]) == common.FAILED
     assert f"{unpacked / 1e6:,.1f} MB are needed, and " in capsys.readouterr().err
     assert listing(kit) == before
 
@@ -266,7 +271,7 @@ def test_when_pip_fails_the_venv_is_gone_again(tmp_path, machine):
     make_wheel(house, "verl", requires=["ray"], kind="Wheel-Version: 9.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
     kit = carried(house, tmp_path)
     process = install(machine, kit)
-    assert process.returncode == there.FAILED
+    assert process.returncode == common.FAILED
     assert "pip could not install" in process.stderr
     assert "Wheel-Version (9.0) is not compatible" in process.stderr, "pip's own words"
     assert not (kit / "venv").exists()
@@ -277,7 +282,7 @@ def test_a_wheel_that_brings_another_torch_is_found_out(tmp_path, machine):
     files = {"ray/__init__.py": "", "torch/__init__.py": fake_torch("2.13.0+cu130")}
     make_wheel(house, "ray", files=files)
     process = install(machine, carried(house, tmp_path))
-    assert process.returncode == there.FAILED
+    assert process.returncode == common.FAILED
     assert f"torch was {TORCH}+cu130 and is 2.13.0+cu130" in process.stderr
 
 
@@ -286,12 +291,12 @@ def test_an_import_that_fails_is_shown_and_the_next_installation_starts_anew(tmp
     make_wheel(house, "verl", requires=["ray"], files={"verl/__init__.py": "import ray, of_nowhere\n"})
     kit = carried(house, tmp_path)
     process = install(machine, kit)
-    assert process.returncode == there.FAILED
+    assert process.returncode == common.FAILED
     assert ["verl", "1.0", "does", "not", "import"] in [line.split() for line in process.stdout.splitlines()]
     assert "No module named 'of_nowhere'" in process.stderr
     assert "No module named 'of_nowhere'" in (kit / "check.log").read_text()
     (kit / "venv" / "stale").touch()
-    assert install(machine, kit).returncode == there.FAILED
+    assert install(machine, kit).returncode == common.FAILED
     assert not (kit / "venv" / "stale").exists()
 
 
@@ -301,7 +306,7 @@ def test_another_version_on_the_path_is_told(kit, machine, tmp_path):
         "Metadata-Version: 2.1\nName: ray\nVersion: 7.0\n"
     )
     process = install(machine, kit, PYTHONPATH=str(tmp_path / "first"))
-    assert process.returncode == there.FAILED
+    assert process.returncode == common.FAILED
     assert "another version comes first on the path (PYTHONPATH?): ray" in process.stderr
 
 
@@ -309,17 +314,17 @@ def test_a_folder_that_is_something_else_is_left_alone(kit, machine, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     process = install(machine, kit, "--venv", str(tmp_path / "mine"))
-    assert process.returncode == there.WRONG_INPUT
+    assert process.returncode == common.WRONG_INPUT
     assert "mine is there and no venv of a kit: remove it, or name another folder with --venv" in process.stderr
     (tmp_path / "mine" / "gpu-kit.json").write_text('{"kit": "0123456789abcdef"}')
     process = install(machine, kit, "--venv", str(tmp_path / "mine"))
-    assert process.returncode == there.WRONG_INPUT
+    assert process.returncode == common.WRONG_INPUT
     assert "holds another kit" in process.stderr
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
 def test_an_interrupt_while_pip_runs_leaves_neither_a_venv_nor_a_process(kit, monkeypatch, capsys):
-    monkeypatch.setattr(there, "torch_facts", lambda *_: there.Torch(TORCH, "13.0", True))
+    monkeypatch.setattr(installation, "torch_facts", lambda *_: machines.Torch(TORCH, "13.0", True))
     started = []
 
     class Interrupted(subprocess.Popen):
@@ -329,16 +334,16 @@ def test_an_interrupt_while_pip_runs_leaves_neither_a_venv_nor_a_process(kit, mo
                 raise KeyboardInterrupt
             return super().poll()
 
-    monkeypatch.setattr(there.subprocess, "Popen", Interrupted)
-    monkeypatch.setattr(there, "_show_what_is_here", lambda *_: None)
-    assert there.main(["install", "--kit", str(kit)]) == there.INTERRUPTED
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(installation, "_show_what_is_here", lambda *_: None)
+    assert commands.main(["install", "--kit", str(kit)]) == common.INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
     assert not (kit / "venv").exists()
     assert [process.returncode is not None for process in started] == [True]
 
 
 def test_what_runs_too_long_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(there, "CHECK_LIMIT", 0.2)
-    monkeypatch.setattr(there, "TELL_EVERY", 0.0)
-    with pytest.raises(there.KitError, match="this took longer than 0 s: sleep 60"):
-        there._run_telling(["sleep", "60"], tmp_path, tmp_path / "log", there.Progress("sleeping", 0))
+    monkeypatch.setattr(machines, "CHECK_LIMIT", 0.2)
+    monkeypatch.setattr(common, "TELL_EVERY", 0.0)
+    with pytest.raises(common.KitError, match="this took longer than 0 s: sleep 60"):
+        machines.run_telling(["sleep", "60"], tmp_path, tmp_path / "log", common.Progress("sleeping", 0))

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import gpu_kit
 import gpu_kit_pins as pins
-import gpu_kit_there as there
 import gpu_kit_wheels
 import pytest
 from gpu_kit_fakes import PYTHON, TORCH, make_house, make_sdist, make_wheel, pack
+from gpu_kit_there import common
+from gpu_kit_there.manifest import read_manifest
 from packaging.requirements import Requirement
 
 from verl_fp16.doctor.packages import requirements
@@ -35,7 +36,7 @@ def manifest(packed: Path) -> dict:
 def refused(house: Path, output: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     """What the command says on stderr when it refuses, which leaves no kit."""
     command = ["pack", "--output", str(output), "--wheels", str(house), "--offline", "--glibc", "2.10"]
-    assert gpu_kit.main([*command, "--python", PYTHON, *options]) == there.WRONG_INPUT
+    assert gpu_kit.main([*command, "--python", PYTHON, *options]) == common.WRONG_INPUT
     assert not list(output.glob("kit-*"))
     return capsys.readouterr().err
 
@@ -62,7 +63,11 @@ def test_the_table_says_what_is_in_the_kit(tmp_path, capsys):
     assert lines[-2] == f"left to torch {TORCH}: nvidia-cublas, torch"
     assert lines[-1] == f"kit {manifest(packed)['kit']}: 5 wheels, 0.2 MB, 2 pieces of 0.1 MB at most"
     assert manifest(packed)["pins"] == {"ray": "1.0", "verl": "1.0", "verl-fp16": "1.0", "vllm": "1.0"}
-    assert (packed / "gpu_kit_there.py").read_bytes() == Path(there.__file__).read_bytes()
+    script = packed / "gpu_kit_there.pyz"
+    told = subprocess.run([sys.executable, "-I", script, "status", "--kit", packed], capture_output=True, text=True)
+    assert told.stdout.startswith(f"kit {manifest(packed)['kit']}: 2 of 2 pieces are there"), told.stderr
+    gpu_kit.write_script(tmp_path / "again.pyz")
+    assert script.read_bytes() == (tmp_path / "again.pyz").read_bytes(), "the same bytes each time"
 
 
 def test_torch_and_what_comes_with_it_are_never_packed(tmp_path):
@@ -85,7 +90,7 @@ def test_what_cuda_vllm_was_built_for_is_read_from_its_wheel(tmp_path, capsys):
     packed = pack(house, tmp_path / "kit", piece=55)
     assert (manifest(packed)["cuda"], manifest(packed)["extensions"]) == ("13", ["vllm._C_new"])
     assert "vllm is built for CUDA 13" in capsys.readouterr().out
-    assert there.read_manifest(packed / "manifest.json").extensions == ("vllm._C_new",)
+    assert read_manifest(packed / "manifest.json").extensions == ("vllm._C_new",)
 
 
 def test_a_vllm_that_names_no_cuda_is_told(tmp_path, capsys):
@@ -131,7 +136,7 @@ def test_what_is_there_need_not_be_in_the_folder(tmp_path, capsys):
     house = make_house(tmp_path / "house")
     make_wheel(house, "verl", requires=["numpy<2.5", "ray"])
     present = tmp_path / "present.json"
-    for version, code in (("2.4.1", 0), ("2.5.2", there.WRONG_INPUT)):
+    for version, code in (("2.4.1", 0), ("2.5.2", common.WRONG_INPUT)):
         rows = [{"name": "numpy", "version": version}, {"name": "torch", "version": TORCH}]
         present.write_text(json.dumps(rows))
         command = ["pack", "--output", str(tmp_path / "kit"), "--wheels", str(house), "--offline", "--python", PYTHON]
@@ -272,7 +277,7 @@ def test_resolved_fetched_and_built(index, tmp_path, capsys):
 def test_what_cannot_be_resolved_is_told_in_uvs_words(index, tmp_path, capsys):
     (index / "ray-1.0-py3-none-any.whl").unlink()
     code = gpu_kit.main(["pack", "--output", str(tmp_path / "kit"), "--python", PYTHON, "--glibc", "2.28"])
-    assert code == there.WRONG_INPUT
+    assert code == common.WRONG_INPUT
     message = capsys.readouterr().err
     assert "the packages cannot be resolved" in message
     assert "ray" in message
@@ -284,7 +289,7 @@ def test_what_pip_cannot_fetch_is_told_and_what_it_could_is_kept(index, tmp_path
     house.mkdir()
     (house / ".fetching-killed").mkdir()
     gpu_kit_wheels.fetch({"ray": "1.0"}, WANTED, house)
-    with pytest.raises(there.KitError, match="pip could not fetch one of verl: (?s:.*)No matching distribution"):
+    with pytest.raises(common.KitError, match="pip could not fetch one of verl: (?s:.*)No matching distribution"):
         gpu_kit_wheels.fetch({"ray": "1.0", "verl": "7.7"}, WANTED, house)
     assert [file.name for file in house.iterdir()] == ["ray-1.0-py3-none-any.whl"]
 
@@ -292,7 +297,7 @@ def test_what_pip_cannot_fetch_is_told_and_what_it_could_is_kept(index, tmp_path
 def test_sources_that_would_be_built_for_this_machine_alone_are_refused(tmp_path):
     sources = make_sdist(tmp_path, "antlr4-python3-runtime", "4.9.3", tag="cp312-cp312-linux_x86_64")
     with pytest.raises(
-        there.KitError, match="antlr has no wheel, and .*-linux_x86_64.whl, built here, would be for this"
+        common.KitError, match="antlr has no wheel, and .*-linux_x86_64.whl, built here, would be for this"
     ):
         gpu_kit_wheels._build([str(sources), "--no-build-isolation"], "antlr", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [sources.name]
