@@ -36,11 +36,12 @@ TABLE = ROOT / "docs" / "precision-keys.md"
 BASES = {
     "fp16": ("+precision=fp16",),
     "bf16_train_fp16_rollout": ("+precision=bf16_train_fp16_rollout",),
-    "fp16, PPO with critic and reference policy, on a CPU": (
+    "fp16, PPO with critic, reference policy and a teacher, on a CPU": (
         "+precision=fp16",
         "+hardware=cpu",
         "algorithm.adv_estimator=gae",
         "actor_rollout_ref.actor.use_kl_loss=true",
+        "distillation.enabled=true",
     ),
 }
 
@@ -84,6 +85,9 @@ NOT_PRECISION = {
     "distillation.*.temperature": "the temperature of the teacher, not a dtype",
     "trainer.v1.sampler.max_off_policy_strategy": "what is done with old samples",
 }
+
+# Keys that nothing reads while a switch is off; a test sees that one of BASES has the switch on.
+SWITCHES = {"distillation.teacher_models.*": "distillation.enabled"}
 
 # Values that mean what is there already, though they are written otherwise; with the reason.
 MEAN_THE_SAME = {
@@ -217,9 +221,14 @@ class Walk:
     def rows(self) -> Iterator[Row]:
         """Every key that concerns precision, at every other value."""
         for key, value in leaves(self.container):
-            if concerns_precision(key, value) and exception_for(key) is None:
+            if concerns_precision(key, value) and exception_for(key) is None and not self.is_switched_off(key):
                 for other in other_values(key, value):
                     yield self.row(key, other)
+
+    def is_switched_off(self, key: str) -> bool:
+        """Whether nothing reads ``key`` here, because what it belongs to is off."""
+        case = Case(self.container, None, self.verl)
+        return any(fnmatch.fnmatchcase(key, keys) and not case.get(switch) for keys, switch in SWITCHES.items())
 
     def row(self, key: str, value: Any) -> Row:
         """What happens when ``key``, which may be new, is set to ``value``."""

@@ -59,6 +59,14 @@ def test_each_exception_still_exists_and_gives_a_reason():
         assert len(reason) > 10
 
 
+def test_what_a_switch_turns_off_is_walked_where_it_is_on():
+    walks = [precision_keys.Walk(overrides) for overrides in BASES.values()]
+    for pattern in precision_keys.SWITCHES:
+        keys = {key for walk in walks for key in fnmatch.filter(dict(leaves(walk.container)), pattern)}
+        walked = {key for key in keys if not all(walk.is_switched_off(key) for walk in walks)}
+        assert walked == keys and any(concerns_precision(key, None) for key in keys), pattern
+
+
 def test_a_rule_that_is_lost_shows_as_inert(monkeypatch):
     """The walk can fail: without its rule, a contradiction is an inert row."""
     walk = precision_keys.Walk(BASES["fp16"])

@@ -295,6 +295,7 @@ def test_a_teacher_in_another_dtype_is_warned_of():
     key = "distillation.teacher_models.one.inference.dtype"
     assert [(finding.severity, finding.key) for finding in check((f"{key}=bfloat16",))] == [("warning", key)]
     assert check((f"{key}=float16",)) == []
+    assert check((f"{key}=bfloat16", "++distillation.enabled=false")) == []
 
 
 def test_settings_of_a_scaler_that_is_not_there_are_warned_of():
