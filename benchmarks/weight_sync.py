@@ -17,14 +17,14 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "gpu")]
 from off_cost import machine_facts, summary, write_result  # noqa: E402
+from sync_part import Receiver  # noqa: E402
 
 BUCKET_MB = 2048  # of address space; pages come as they are written
 SHAPE = {
@@ -54,55 +54,6 @@ def make_model(folder: Path) -> int:
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def receive(model: str) -> None:
-    """vLLM with verl's worker extension: does what each line on stdin says, and answers with a line."""
-    import verl  # noqa: F401
-    from vllm import LLM
-
-    llm = LLM(
-        model,
-        dtype="float16",
-        load_format="dummy",
-        enforce_eager=True,
-        max_model_len=64,
-        worker_extension_cls="verl.workers.rollout.vllm_rollout.utils.vLLMColocateWorkerExtension",
-    )
-    print("READY", flush=True)
-    for line in sys.stdin:
-        method, *arguments = json.loads(line)
-        kwargs = {"use_shm": True} if method == "update_weights_from_ipc" else {}
-        (answer,) = llm.collective_rpc(method, args=tuple(arguments), kwargs=kwargs)
-        print(f"DONE {answer or '{}'}", flush=True)
-
-
-class Receiver:
-    """The other process."""
-
-    def __init__(self, model: str, job: str) -> None:
-        command = [sys.executable, __file__, "--receive", model]
-        env = {**os.environ, "VERL_RAY_JOB_ID": job, "VERL_REPLICA_RANK": "0"}
-        self._process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self._wait("READY")
-
-    def ask(self, method: str, *arguments: str) -> None:
-        print(json.dumps([method, *arguments]), file=self._process.stdin, flush=True)
-
-    def answer(self) -> dict:
-        return json.loads(self._wait("DONE"))
-
-    def _wait(self, word: str) -> str:
-        for line in self._process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word)
-        raise SystemExit(f"vLLM ended with exit code {self._process.wait()}")
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
 
 
 def sync(engine, receiver: Receiver, job: str, audit: bool = False) -> float:
@@ -152,7 +103,7 @@ def measure(pairs: int, out: Path) -> None:
         model.mkdir()
         parameters = make_model(model)
         print(f"[weight_sync] {parameters / 1e6:.1f} M parameters", flush=True)
-        receiver = Receiver(str(model), job)
+        receiver = Receiver(str(model), "cpu", job)
         dist.init_process_group("cpu:gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         flagged = standalone.build_engine(str(model), precision=standalone.mixed_precision("float16"))
         plain = standalone.build_engine(str(model), precision={"param_dtype": "fp16"})
@@ -190,16 +141,12 @@ def _wall(without: list[float], with_it: list[float]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--receive", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("outputs") / "weight_sync.json")
     options = parser.parse_args()
     os.environ |= {"VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if options.receive:
-        receive(options.receive)
-        return
     os.environ |= {
         "RANK": "0",
         "WORLD_SIZE": "1",

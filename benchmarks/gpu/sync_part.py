@@ -48,12 +48,12 @@ def while_it_runs(process: subprocess.Popen, work: Callable[[], Any]) -> Any:
 class Receiver:
     """The process of ``sync_receiver.py``."""
 
-    def __init__(self, settings: Settings, job: str) -> None:
+    def __init__(self, model: str, device: str, job: str) -> None:
         script = Path(__file__).with_name("sync_receiver.py")
         env = {**os.environ, "VERL_RAY_JOB_ID": job, "VERL_REPLICA_RANK": "0"}
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, str(script), settings.model, settings.device],
+            [sys.executable, str(script), model, device],
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -98,7 +98,7 @@ def sync(settings: Settings) -> dict[str, Any]:
 
     job = f"benchmark{os.getpid()}"
     join_group_of_one(settings.device)
-    receiver = Receiver(settings, job)
+    receiver = Receiver(settings.model, settings.device, job)
     try:
         engines = {
             PLAIN: standalone.build_engine(settings.model, precision={"param_dtype": "fp16"}),
