@@ -2,80 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
-import yaml
-from omegaconf import OmegaConf
+from guard_configurations import ACTOR, CORRECTION, CRITIC, LOSS, MODEL, REF, ROLLOUT, VLLM, apply, check, configuration
 
 from verl_fp16 import guard
 from verl_fp16.fault_injection import Fault
 from verl_fp16.findings import Finding, render_errors, render_warnings
 from verl_fp16.guard import model
-from verl_fp16.guard.case import ROLES
-from verl_fp16.guard.roles import payload
 from verl_fp16.settings import LossScaleSettings, Settings
 from verl_fp16.weight_sync_settings import WeightSyncSettings
-
-ACTOR, REF, CRITIC = (role.engine for role in ROLES)
-ROLLOUT = "actor_rollout_ref.rollout"
-VLLM = f"{ROLLOUT}.engine_kwargs.vllm"
-MODEL = "actor_rollout_ref.model"
-CORRECTION = "algorithm.rollout_correction"
-LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
-
-
-def configuration(train="float16", rollout="float16", settings=None):
-    """What the flag makes of verl's configuration, as far as the guard looks at it."""
-    settings = settings or Settings(train, rollout)
-
-    def engine(role):
-        mixed = {"param_dtype": train, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-        mixed["verl_fp16"] = payload(role, settings)
-        return {"dtype": train, "model_dtype": "fp32", "forward_only": role == "ref", "mixed_precision": mixed} | {
-            "use_no_sync_for_gradient_accumulation": False
-        }
-
-    config = {
-        "verl_fp16": {"train_dtype": train, "rollout_dtype": rollout},
-        "actor_rollout_ref": {
-            "actor": {"_target_": "A", "strategy": "fsdp", "fsdp_config": engine("actor"), "optim": {}},
-            "ref": {"strategy": "fsdp", "fsdp_config": engine("ref")},
-            "rollout": {
-                **{"name": "vllm", "dtype": rollout, "calculate_log_probs": True, "engine_kwargs": {"vllm": {}}},
-                **{"n": 8, "prompt_length": 512, "response_length": 1024, "max_model_len": 1536},
-            },
-            "model": {"path": "nobody/knows"},
-        },
-        "critic": {"strategy": "fsdp", "fsdp": engine("critic")},
-        "algorithm": {"adv_estimator": "grpo", "rollout_correction": {"bypass_mode": False, "rollout_is": "token"}},
-        "trainer": {"use_v1": True},
-    }
-    return config, settings
-
-
-def apply(config, overrides):
-    """Hydra's overrides, on a resolved configuration."""
-    config = OmegaConf.create(copy.deepcopy(config))
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        if override.startswith("~"):
-            parent, _, name = override[1:].rpartition(".")
-            OmegaConf.select(config, parent).pop(name)
-        else:
-            is_payload = value.startswith("${verl_fp16:")
-            value = payload(value[12:-1], Settings()) if is_payload else yaml.safe_load(value)
-            OmegaConf.update(config, key, value, merge=False, force_add=True)
-        if key == f"{CORRECTION}.bypass_mode":  # the flag's resolver reads it
-            OmegaConf.update(config, f"{ACTOR}.mixed_precision.verl_fp16.bypass_mode", value is True)
-    return OmegaConf.to_container(config, resolve=True)
-
-
-def check(overrides, *, train="float16", rollout="float16", verl="0.9.1", entry="", settings=None):
-    config, settings = configuration(train, rollout, settings)
-    return guard.check(apply(config, overrides), settings, verl=verl, entry=entry)
-
 
 MIXED = f"{ACTOR}.mixed_precision"
 CONTRADICTIONS = (
@@ -418,56 +355,3 @@ def test_a_quantized_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "quantization_config": {"quant_method": "fp8"}}')
     found = check((f"actor_rollout_ref.model.path={tmp_path}",))
     assert [(finding.key, "quantized" in finding.why) for finding in found] == [("actor_rollout_ref.model.path", True)]
-
-
-FILTER = "algorithm.filter_groups"
-SAMPLER = "trainer.v1.sampler.custom_sampler"
-
-
-def test_group_filtering_is_refused_where_no_trainer_filters():
-    """Where the setting is read, read in the source: ``_build_replay_buffer`` of the v1 trainer, from 0.9.0 on."""
-    filtering = (f"++{FILTER}.enable=true",)
-    assert check(filtering) == []
-    for version, more in (
-        ("0.8.0", ()),
-        ("0.9.1", ("trainer.use_v1=false",)),
-        ("0.9.1", (f"{SAMPLER}.path=mine.py", f"{SAMPLER}.name=Mine")),
-    ):
-        (finding,) = check((*filtering, *more), verl=version)
-        assert (finding.severity, finding.key) == ("error", f"{FILTER}.enable"), more
-        assert check((*filtering, *more, *finding.fix), verl=version) == []
-        assert check((f"++{FILTER}.enable=false", *more), verl=version) == []
-    for half in (f"{SAMPLER}.path=mine.py", f"{SAMPLER}.name=Mine", f"{SAMPLER}={{path: mine.py, name: ''}}"):
-        assert check((*filtering, half)) == [], "verl takes a custom sampler of a path and a name, or its own"
-
-
-def test_a_bound_on_generated_batches_that_nobody_reads_is_warned_of():
-    asked = (f"++{FILTER}.enable=true", f"{FILTER}.max_num_gen_batches=10")
-    (finding,) = check(asked)
-    assert (finding.severity, finding.key) == ("warning", f"{FILTER}.max_num_gen_batches")
-    assert check((*asked, *finding.fix)) == []
-
-
-def test_a_group_of_one_is_warned_of_where_something_is_trained():
-    alone = (f"{ROLLOUT}.n=1", "algorithm.adv_estimator=reinforce_plus_plus_baseline")
-    assert [finding.key for finding in check(alone)] == [f"{ROLLOUT}.n"]
-    assert check((*alone, "++trainer.val_only=true")) == []
-    assert check((f"{ROLLOUT}.n=1", "algorithm.adv_estimator=gae")) == []
-
-
-def test_a_chat_template_that_0_8_does_not_see_is_refused_there_alone():
-    template = ("actor_rollout_ref.model.custom_chat_template=mine",)
-    assert check(template, verl="0.9.0") == []
-    (finding,) = check(template, verl="0.8.0")
-    assert (finding.severity, finding.key) == ("error", "actor_rollout_ref.model.custom_chat_template")
-    assert check((*template, *finding.fix), verl="0.8.0") == []
-
-
-def test_a_buffer_longer_than_an_answer_is_refused_before_its_workers_stop():
-    reward = "++reward.reward_kwargs={max_resp_len: 1024, overlong_buffer_cfg: {enable: true, len: %d}}"
-    dapo = "reward.reward_manager.name=dapo"
-    assert check((reward % 1024, dapo)) == []
-    assert check((reward % 1025,)) == [], "another reward manager does not read it"
-    (finding,) = check((reward % 1025, dapo))
-    assert (finding.severity, finding.key) == ("error", "reward.reward_kwargs.overlong_buffer_cfg.len")
-    assert check((reward % 1025, dapo, *finding.fix)) == []
