@@ -66,11 +66,13 @@ def sweep_runs(config_dir: Path, overrides: Sequence[str], recipe: Recipe) -> li
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     first, placed = place(config_dir, overrides, recipe)
     with initialize_config_dir(str(first), version_base=None):
         loader = GlobalHydra.instance().hydra.config_loader
         hydra = loader.load_configuration(recipe.name, placed, run_mode=RunMode.MULTIRUN).hydra
         params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *hydra.overrides.task])
+        written = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *written])
     return BasicSweeper.split_arguments(parsed, None)[0]

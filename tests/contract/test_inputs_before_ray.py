@@ -33,6 +33,20 @@ def test_a_misspelt_key_of_a_copied_recipe_is_warned_of(tmp_path):
     assert done.stderr.count("no such key") == 1
 
 
+def test_an_override_that_takes_another_keys_value_is_read_as_it_was_written(tmp_path):
+    """Of a node, and of what Hydra's grammar could not read again."""
+    correction = "algorithm.rollout_correction"
+    overrides = (
+        f"+actor_rollout_ref.actor.policy_loss.rollout_correction=${{{correction}}}",
+        f"+{correction}.rollout_iss=token",
+        "data.custom_cls.path='a (b).py'",
+        "data.custom_cls.name=${data.custom_cls.path}",
+    )
+    done = launched(tmp_path, "--config-name", "quickstart", "quickstart_dir=mine", *overrides)
+    assert "python -m verl_fp16.quickstart.make mine" in done.stderr
+    assert f"did you mean {correction}.rollout_is?" in done.stderr
+
+
 def test_what_is_not_there_is_told_with_the_command_that_makes_it(tmp_path):
     done = launched(tmp_path, "--config-name", "quickstart", "quickstart_dir=mine")
     assert "verl does not know" not in done.stderr and "no such key" not in done.stderr

@@ -85,6 +85,10 @@ def test_a_dry_run_of_a_sweep_lists_its_runs(started, monkeypatch):
     listed = [line.split()[1] for line in result.stderr.splitlines()[1:]]
     members = ("fp16", "bf16", "bf16_train_fp16_rollout", "bf16_train_fp32_rollout", "fp32")
     assert listed == [f"precision={member}" for member in members]
+    node = "+actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}"
+    written = invoke("precision_ablation", node, "--dry-run")
+    key = node.partition("=")[0]
+    assert (written.exit_code, written.stderr.count(f" {key}=$")) == (0, 5), "as it was written, not as it is resolved"
     assert "sweep" not in invoke("precision_ablation", "hydra.mode=RUN", "--dry-run").stderr
     assert "sweep" not in invoke("precision_ablation", "--cfg", "job", "--dry-run").stderr
 

@@ -94,7 +94,8 @@ def tell_of_unknown_keys(config: DictConfig) -> None:
         return
     hydra = HydraConfig.get()
     loader = GlobalHydra.instance().config_loader()
-    defaults = loader.compute_defaults_list(hydra.job.config_name, list(hydra.overrides.task), RunMode.RUN).defaults
+    overrides = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # an interpolation in one is no value yet
+    defaults = loader.compute_defaults_list(hydra.job.config_name, overrides, RunMode.RUN).defaults
     if TRAINER not in {one.config_path for one in defaults}:
         return
     ours, theirs = (OmegaConf.to_container(one, resolve=False) for one in (config, compose(TRAINER)))
