@@ -91,7 +91,7 @@ def compose(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None = 
         if not isinstance(error, HydraException | OmegaConfBaseException) and NO_NAME not in str(error):
             raise
         named = recipe.groups if recipe else {}
-        plain = functools.partial(_plain, config_dir)
+        plain = functools.partial(plain_configuration, config_dir)
         raise CompositionError(composition_messages.told(error, overrides, tuple(named), plain)) from None
     driver.refuse_mistyped_flag(config)
     if not driver.is_flag_given(config):
@@ -120,14 +120,16 @@ def _require_trainer(config_dir: Path, recipe: Recipe, overrides: list[str]) -> 
         raise CompositionError(lacks_trainer(recipe))
 
 
-def _plain(config_dir: Path) -> dict[str, Any]:
-    """verl's own configuration, interpolations as written."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+def plain_configuration(config_dir: Path) -> dict[str, Any]:
+    """verl's own configuration, interpolations as written; also within a composition or a start of Hydra's."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(config_dir), version_base=None):
-        return OmegaConf.to_container(hydra_compose(PLAIN), resolve=False)
+    loader = ConfigLoaderImpl(create_config_search_path(str(config_dir)))
+    config = OmegaConf.to_container(loader.load_configuration(PLAIN, [], RunMode.RUN), resolve=False)
+    return {key: value for key, value in config.items() if key != "hydra"}
 
 
 def place(config_dir: Path, overrides: Sequence[str], recipe: Recipe | None) -> tuple[Path, list[str]]:

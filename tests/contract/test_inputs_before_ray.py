@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from verl_fp16.installed import find_verl
+
 
 def launched(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """verl's launcher, which stops before Ray since there is neither a model nor data."""
@@ -31,6 +33,22 @@ def test_a_misspelt_key_of_a_copied_recipe_is_warned_of(tmp_path):
     assert "trainer.total_epoch=3" in done.stderr
     assert "did you mean trainer.total_epochs?" in done.stderr
     assert done.stderr.count("no such key") == 1
+
+
+def test_verls_own_configuration_may_lie_on_the_search_path_alone(tmp_path):
+    """As in verl's examples, whose files name its folder; and as it can be named on the command line."""
+    folder = find_verl().config_dir
+    recipe = (
+        "defaults: [ppo_trainer, precision: fp16, _self_]\ndata: {train_files: no.parquet, val_files: no.parquet}\n"
+    )
+    recipe += "actor_rollout_ref: {model: {path: no/model/here}}\ntrainer: {total_epoch: 3}\n"
+    named = f"hydra: {{searchpath: ['file://{folder}']}}\n"
+    (tmp_path / "named.yaml").write_text(recipe + named)
+    (tmp_path / "bare.yaml").write_text(recipe)
+    for name, override in (("named", "trainer.nnodes=1"), ("bare", f"hydra.searchpath=['file://{folder}']")):
+        done = launched(tmp_path, "--config-path", str(tmp_path), "--config-name", name, override)
+        assert "data.train_files: there is no no.parquet" in done.stderr, done.stderr
+        assert "did you mean trainer.total_epochs?" in done.stderr
 
 
 def test_an_override_that_takes_another_keys_value_is_read_as_it_was_written(tmp_path):

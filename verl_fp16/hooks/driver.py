@@ -77,29 +77,29 @@ def guard_start(config: DictConfig) -> None:
 def tell_of_unknown_keys(config: DictConfig) -> None:
     """In verl's launcher, warn of keys that verl's own configuration lacks: Hydra takes them, and nobody reads them.
 
-    Hydra composes that configuration once more for it, without importing anything. Nothing is said of an entry point
-    that builds on another one.
+    Nothing is said of an entry point that builds on another configuration of verl's.
     """
     # Imported in the launcher alone, where Hydra is there: every process that loads the hooks imports this module.
-    from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from verl_fp16.config_difference import PLAIN, plain_configuration
     from verl_fp16.installed import find_verl
-    from verl_fp16.recipe_files import TRAINER
     from verl_fp16.unknown_keys import unknown_keys
 
-    if not in_launcher() or not (GlobalHydra.instance().is_initialized() and HydraConfig.initialized()):
+    if not in_launcher() or not GlobalHydra.instance().is_initialized():
         return
-    hydra = HydraConfig.get()
-    loader = GlobalHydra.instance().config_loader()
-    overrides = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # an interpolation in one is no value yet
-    defaults = loader.compute_defaults_list(hydra.job.config_name, overrides, RunMode.RUN).defaults
-    if TRAINER not in {one.config_path for one in defaults}:
+    hydra, loader = HydraConfig.get(), GlobalHydra.instance().config_loader()
+    # As they were written, with those of Hydra's own: the search path may be among them.
+    given = OmegaConf.to_container(hydra.overrides, resolve=False)
+    overrides = [*given["hydra"], *given["task"]]
+    loaded = loader.compute_defaults_list(hydra.job.config_name, overrides, RunMode.RUN)
+    if PLAIN not in {one.config_path for one in loaded.defaults}:
         return
-    ours, theirs = (OmegaConf.to_container(one, resolve=False) for one in (config, compose(TRAINER)))
-    if found := unknown_keys(ours, theirs, find_verl().folder):
+    verl = find_verl()
+    ours, theirs = OmegaConf.to_container(config, resolve=False), plain_configuration(verl.config_dir)
+    if found := unknown_keys(ours, theirs, verl.folder):
         print(render_warnings(found), file=sys.stderr, flush=True)
 
 
