@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,9 +26,9 @@ import gpu_kit_there
 import gpu_kit_wheels
 from gpu_kit_there.common import (
     FAILED,
-    INTERRUPTED,
     KitError,
     Progress,
+    exit_code,
     megabytes,
     normalized,
     same_version,
@@ -272,18 +271,12 @@ def _wanted(given: argparse.Namespace) -> Wanted:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
-    try:
-        folder = given.wheels or given.output / "wheels"
-        pack(given.output, folder, _wanted(given), int(given.piece_mb * 1e6), offline=given.offline)
-    except KitError as error:
-        print(f"gpu-kit: {error}", file=sys.stderr)
-        return error.code
-    except OSError as error:
-        print(f"gpu-kit: {error.filename or given.output}: {error.strerror or error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("gpu-kit: interrupted; fetched wheels are kept, and the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: _pack(given), given.output, "fetched wheels are kept, and the same command goes on")
+
+
+def _pack(given: argparse.Namespace) -> int:
+    folder = given.wheels or given.output / "wheels"
+    pack(given.output, folder, _wanted(given), int(given.piece_mb * 1e6), offline=given.offline)
     return 0
 
 

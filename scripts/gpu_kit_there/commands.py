@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import gpu_kit_there
-from gpu_kit_there.common import FAILED, INTERRUPTED, KitError
+from gpu_kit_there.common import KitError, exit_code
 from gpu_kit_there.installation import install
 from gpu_kit_there.pieces import collect, join, status
 
@@ -36,20 +35,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
-    try:
-        if given.command == "collect":
-            return collect(given.sources, given.kit)
-        if given.command == "install":
-            if given.venv and given.target == "running":
-                raise KitError("--venv has no effect with --target running: leave one of them out")
-            return install(given.kit, given.target, given.venv)
-        return {"status": status, "join": join}[given.command](given.kit)
-    except KitError as error:
-        print(f"gpu-kit: {error}", file=sys.stderr)
-        return error.code
-    except OSError as error:
-        print(f"gpu-kit: {error.filename or given.kit}: {error.strerror or error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("gpu-kit: interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: _run(given), given.kit, "the same command goes on where this one stopped")
+
+
+def _run(given: argparse.Namespace) -> int:
+    if given.command == "collect":
+        return collect(given.sources, given.kit)
+    if given.command == "install":
+        if given.venv and given.target == "running":
+            raise KitError("--venv has no effect with --target running: leave one of them out")
+        return install(given.kit, given.target, given.venv)
+    return {"status": status, "join": join}[given.command](given.kit)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,25 @@ class KitError(Exception):
     def __init__(self, message: str, code: int = WRONG_INPUT) -> None:
         super().__init__(message)
         self.code = code
+
+
+def exit_code(command: Callable[[], int], place: Path, interrupted: str) -> int:
+    """What ``command`` returns, or the code of what ended it, which is told on stderr in one message.
+
+    Args:
+        place: what an error of the system is about where it names no file.
+        interrupted: what an interrupt leaves, and how to go on.
+    """
+    try:
+        return command()
+    except KitError as error:
+        told, code = error, error.code
+    except OSError as error:
+        told, code = f"{error.filename or place}: {error.strerror or error}", FAILED
+    except KeyboardInterrupt:
+        told, code = f"interrupted; {interrupted}", INTERRUPTED
+    print(f"gpu-kit: {told}", file=sys.stderr)
+    return code
 
 
 def normalized(name: str) -> str:
